@@ -1,0 +1,214 @@
+"""The one abstraction: an Algorithm is a frozen dataclass of hyper-parameters whose methods are pure functions.
+
+It says what one client does with one batch and what the server does with the mean of what comes back. The loops over
+batches, clients and rounds belong to engines, which is why the same object runs in every engine and in deployment.
+
+Rules (each checked by the contract suite): results depend on the arguments only; arguments are not modified; no branch
+on a tensor's value; no torch.autograd, torch.func or functional_call (use `sgd_step`, `ctx.task.value_and_grad` and
+`ctx.task.apply`); states, messages and updates are NamedTuples or dicts of tensors; an update can be summed.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtail.optim import SGD, Optimizer
+from fedtail.task import Draw, Task, Variables, Worker
+from fedtail.trees import Tree
+
+Metrics = dict[str, Tensor]
+
+
+class Phase(NamedTuple):
+    """One pass over a cohort within a round.
+
+    Args:
+        name: what the algorithm branches on.
+        cohort: "sample" (by participation) or "all".
+        reduce: "mean" (the engine computes the weighted mean of the updates) or "collect" (the server gets them all).
+        local: True trains for the configured local work; False goes through the client's data once, in order.
+    """
+
+    name: str = "train"
+    cohort: Literal["sample", "all"] = "sample"
+    reduce: Literal["mean", "collect"] = "mean"
+    local: bool = True
+
+
+class Round(NamedTuple):
+    """What a whole cohort shares: plain Python values, so branching on them is fine."""
+
+    index: int  # 0-based
+    phase: Phase
+    cohort: int  # number of clients that were asked
+    population: int  # number of clients in the federation
+    rounds: int  # the experiment's length
+    lr_scale: float = 1.0  # the schedule's factor on the optimizer's learning rate
+    stage: int = 0  # see Algorithm.advance
+
+
+class Client(NamedTuple):
+    """What an algorithm may know of a client; known before training, because the plan is."""
+
+    index: Tensor  # () int64, stable in the population
+    examples: Tensor  # () float, number of training examples
+    counts: Tensor  # (classes,) float, the client's own class counts
+    steps: Tensor  # () float, local steps of this phase
+
+
+class Context(NamedTuple):
+    """The frozen circumstance of a call."""
+
+    task: Worker
+    round: Round
+    constants: Tree
+    client: Client | None  # None on the server
+
+    @property
+    def here(self) -> Client:
+        """The client; raises if called on the server."""
+        assert self.client is not None, "ctx.client is None on the server"
+        return self.client
+
+
+class Batch(NamedTuple):
+    """One mini-batch: columns, an optional mask (vmap's padding) and the step's draws."""
+
+    columns: Mapping[str, Tensor]  # each [batch, ...]
+    mask: Tensor | None  # (batch,) 1 = real example; None: all are
+    draws: Mapping[str, Tensor]
+
+    @property
+    def x(self) -> Tensor:
+        """The inputs, [batch, ...]."""
+        return self.columns["x"]
+
+    @property
+    def y(self) -> Tensor:
+        """The labels, (batch,) int64."""
+        return self.columns["y"]
+
+    @property
+    def size(self) -> Tensor:
+        """The number of real examples, shape ()."""
+        return self.x.new_tensor(len(self.y)) if self.mask is None else self.mask.sum()
+
+    def sum(self, per_example: Tensor) -> Tensor:
+        """Sums over the batch's real examples, [batch, ...] -> [...]."""
+        if self.mask is None:
+            return per_example.sum(0)
+        return (per_example * self.mask.reshape(-1, *[1] * (per_example.dim() - 1))).sum(0)
+
+    def mean(self, per_example: Tensor) -> Tensor:
+        """Averages over the batch's real examples, [batch, ...] -> [...]."""
+        return per_example.mean(0) if self.mask is None else self.sum(per_example) / self.mask.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm(ABC):
+    """Base of every method. Methods derive from this class only, never from one another."""
+
+    optimizer: Optimizer = SGD()
+    """What a client steps with; its state is fresh in every round."""
+
+    columns: ClassVar[Sequence[str]] = ("x", "y")
+    shares_counts: ClassVar[bool] = False  # clients reveal their class counts to the server
+    personal: ClassVar[bool] = False  # predict differs between clients
+
+    # within a round, on one client
+    @abstractmethod
+    def local_init(self, ctx: Context, message: Tree, client: Tree) -> Any:
+        """Returns the local state (see fedtail.local.Local) that the round starts with."""
+
+    @abstractmethod
+    def local_step(self, ctx: Context, message: Tree, client: Tree, local: Any, batch: Batch) -> tuple[Any, Metrics]:
+        """Works on one batch; returns the new local state and metrics, which the engine averages over steps."""
+
+    @abstractmethod
+    def local_final(self, ctx: Context, message: Tree, client: Tree, local: Any) -> tuple[Tree, Tree]:
+        """Returns (update, new client state)."""
+
+    def weight(self, ctx: Context) -> Tensor:
+        """Returns the client's weight in the mean, shape (); default: its number of examples."""
+        return ctx.here.examples
+
+    # on the server
+    def constants(self, task: Task, rng: np.random.Generator) -> Tree:
+        """Returns frozen tensors that server and clients share (never sent, never counted as traffic)."""
+        return ()
+
+    def init_server(self, ctx: Context, rng: np.random.Generator) -> Any:
+        """Returns the server state before round 0; default: the network's initial variables."""
+        return ctx.task.initial
+
+    def broadcast(self, ctx: Context, server: Any) -> Any:
+        """Returns the message to the cohort; default: the server state."""
+        return server
+
+    @abstractmethod
+    def server_update(self, ctx: Context, server: Any, mean: Any, total: Tensor) -> Any:
+        """Returns the new server state from the weighted mean of the updates; `total` is the weight that answered."""
+
+    def server_collect(self, ctx: Context, server: Any, updates: Sequence[Tree], weights: Tensor) -> Any:
+        """Returns the new server state from all updates of a collecting phase, in ascending client index."""
+        raise TypeError(f"{type(self).__name__} declares a collecting phase but does not define server_collect.")
+
+    def server_step(self, ctx: Context, server: Any, batch: Batch) -> tuple[Any, Metrics]:
+        """Works on one batch of server data after each round; looped over them when the data have a server split."""
+        return server, {}
+
+    def advance(self, ctx: Context, server: Any, metrics: Mapping[str, Any]) -> tuple[int, Any]:
+        """Called between rounds with the round's metrics; returns (stage, server state). Default: unchanged."""
+        return ctx.round.stage, server
+
+    def stage_task(self, task: Task, stage: int) -> Task:
+        """Returns the task of a stage: a pure function of the first task, so that a resumed run can rebuild it."""
+        return task
+
+    # across rounds, on one client
+    def init_client(self, ctx: Context, message: Tree, rng: np.random.Generator) -> Tree:
+        """Returns a client's state before its first participation; default: none."""
+        return ()
+
+    # result
+    def predict(self, ctx: Context, message: Any, client: Tree | None, x: Tensor) -> Tensor:
+        """Returns logits [batch, classes] of the generic model (client None) or of a client's own."""
+        return ctx.task.apply(message, x, train=False)[0]
+
+    def variables(self, ctx: Context, message: Any, client: Tree | None) -> Variables:
+        """Returns the plain network's variables, for export; default: the message itself, or its field `model`."""
+        return message if isinstance(message, Variables) else message.model
+
+    # declarations
+    def draws(self, task: Task, batch_size: int) -> dict[str, Draw]:
+        """Returns the random tensors wanted at each local step, by name."""
+        return {}
+
+    def phases(self, index: int, rounds: int) -> Sequence[Phase]:
+        """Returns the phases of round `index`, in order; default: one training phase."""
+        return (Phase(),)
+
+    def diagnostics(self, ctx: Context, server: Any) -> Metrics:
+        """Returns what the server can report of itself after a round (an estimated prior, a dual variable)."""
+        return {}
+
+
+def server_context(task: Worker, round: Round, constants: Tree) -> Context:
+    """Returns the context of a call on the server."""
+    return Context(task, round, constants, None)
+
+
+def no_grad_clone(variables: Variables) -> Variables:
+    """Returns variables that own their memory."""
+    return Variables(*({k: v.detach().clone() for k, v in part.items()} for part in variables))
+
+
+def as_tensor(array: np.ndarray[Any, Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Converts a draw: floating arrays to the task's dtype, integer arrays stay int64."""
+    tensor = torch.from_numpy(array)
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)

@@ -1,0 +1,91 @@
+"""FederatedData: one copy of the columns, clients are index lists."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtail.data.augment import Augmentation, augment
+from fedtail.errors import DataError
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """Training columns with their owners, and the test set with each client's local part of it.
+
+    Args:
+        columns: by name, each [N, ...]; "x" (uint8 images or float features) and "y" (int64) are required.
+        owners: one int64 array of training indices a client.
+        test: columns of the test set, "x" and "y".
+        local_tests: one int64 array of test indices a client.
+        num_classes: number of classes.
+        mean: per channel, on the scale 0..1; empty: no normalisation.
+        std: likewise.
+        augmentation: applied to training batches.
+        validation: training indices kept out of every client for model selection.
+        server: training indices that the server holds.
+        sources: what was loaded, cut and split, in words, for reports.
+    """
+
+    columns: Mapping[str, Tensor]
+    owners: Sequence[Array]
+    test: Mapping[str, Tensor]
+    local_tests: Sequence[Array]
+    num_classes: int
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    augmentation: Augmentation = "none"
+    validation: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    server: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    sources: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("x", "y"):
+            if name not in self.columns or name not in self.test:
+                raise DataError(
+                    f"data: the column {name!r} is missing; found {sorted(self.columns)}, {sorted(self.test)}."
+                )
+
+    @property
+    def clients(self) -> int:
+        """Number of clients in the population."""
+        return len(self.owners)
+
+    def counts(self) -> Array:
+        """Returns the class counts of every client, int64 [clients, classes]."""
+        y = self.columns["y"].numpy(force=True)
+        return np.stack([np.bincount(y[o], minlength=self.num_classes) for o in self.owners]).astype(np.int64)
+
+    def prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Turns raw inputs into what the network sees: images are scaled to 0..1 and normalised by channel."""
+        out = x.to(dtype, copy=True)
+        if x.dtype == torch.uint8:
+            out.div_(255)
+        if self.mean:
+            shape = (-1, *[1] * (x.dim() - 2))
+            out.sub_(out.new_tensor(self.mean).view(shape)).div_(out.new_tensor(self.std).view(shape))
+        return out
+
+    def gather(
+        self, index: Tensor, dtype: torch.dtype, draws: Mapping[str, Tensor], columns: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Returns training examples by index, augmented (where their draws are given) and prepared.
+
+        Args:
+            index: (n,) int64.
+            dtype: of the inputs.
+            draws: per-example augmentation draws, each [n, ...].
+            columns: which columns.
+        """
+        out: dict[str, Tensor] = {}
+        for name in columns:
+            if name not in self.columns:
+                raise DataError(f"data: the algorithm wants the column {name!r}; the data have {sorted(self.columns)}.")
+            value = self.columns[name].index_select(0, index)
+            out[name] = self.prepare(augment(value, draws), dtype) if name == "x" else value
+        return out

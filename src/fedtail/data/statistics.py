@@ -1,0 +1,93 @@
+"""How skewed a partition is: class counts, and summary numbers of a clients x classes matrix."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtail.errors import DataError
+
+Ints = NDArray[np.int64]
+
+
+def class_counts(labels: Ints, num_classes: int) -> Ints:
+    """Returns how many examples each class has, int64 [num_classes].
+
+    Args:
+        labels: int [N], values 0..num_classes-1.
+        num_classes: C, >= 1.
+
+    Raises:
+        DataError: a label is outside 0..num_classes-1.
+    """
+    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise DataError(
+            f"data: labels must be in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}. "
+            "Correct the labels or the number of classes."
+        )
+    return np.bincount(labels, minlength=num_classes).astype(np.int64)
+
+
+def count_matrix(labels: Ints, clients: Sequence[Ints], num_classes: int) -> Ints:
+    """Returns n_kc, the examples of class c on client k, int64 [clients, num_classes].
+
+    Args:
+        labels: int [N], values 0..num_classes-1.
+        clients: one index array into `labels` a client.
+        num_classes: C, >= 1.
+    """
+    rows = [class_counts(labels[index], num_classes) for index in clients]
+    return np.stack(rows) if rows else np.zeros((0, num_classes), np.int64)
+
+
+def describe(counts: Ints) -> dict[str, Any]:
+    """Summarises a partition in numbers that can be written as JSON.
+
+    Means and spreads over clients leave empty clients out and count every other client once; what has no value (nothing
+    but empty clients) is None.
+
+    Args:
+        counts: n_kc, int64 [clients, classes].
+
+    Returns:
+        `clients`, `classes`, `examples`; `empty_clients`, their number; `sizes`, the min, median and max of n_k over all
+        clients; `imbalance`, largest / smallest class among the classes held: of the `union` and of the `clients` (min,
+        median, max); `label_entropy`, the mean over clients of -sum_c q_kc ln q_kc, in nats; `classes_per_client` (min,
+        median, max, mean); `holders_per_class`, one number a class; `skew`, the mean total-variation distance
+        1/2 sum_c |q_kc - q_c| between a client's label distribution and the union's, 0 = all alike, below 1.
+    """
+    union = counts.sum(axis=0)
+    held = counts[counts.sum(axis=1) > 0]
+    share = held / held.sum(axis=1, keepdims=True)
+    entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=1)
+    distance = np.abs(share - union / max(int(union.sum()), 1)).sum(axis=1) / 2
+    imbalance = held.max(axis=1, initial=0) / np.where(held > 0, held, np.iinfo(np.int64).max).min(
+        axis=1, initial=np.inf
+    )
+    classes = (held > 0).sum(axis=1)
+    return {
+        "clients": counts.shape[0],
+        "classes": counts.shape[1],
+        "examples": int(union.sum()),
+        "empty_clients": counts.shape[0] - held.shape[0],
+        "sizes": _summary(counts.sum(axis=1)),
+        "imbalance": {
+            "union": float(union.max() / union[union > 0].min()) if union.any() else None,
+            "clients": _summary(imbalance),
+        },
+        "label_entropy": _mean(entropy),
+        "classes_per_client": {**_summary(classes), "mean": _mean(classes)},
+        "holders_per_class": (counts > 0).sum(axis=0).tolist(),
+        "skew": _mean(distance),
+    }
+
+
+def _mean(values: NDArray[Any]) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+def _summary(values: NDArray[Any]) -> dict[str, float | None]:
+    if not values.size:
+        return {"min": None, "median": None, "max": None}
+    return {"min": values.min().item(), "median": float(np.median(values)), "max": values.max().item()}

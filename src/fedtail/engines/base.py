@@ -1,0 +1,194 @@
+"""What all engines share: the setting of a run, the sink that sums updates in order, and the checks on what comes back."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtail import trees
+from fedtail.algorithm import Algorithm, Client, Context, Round
+from fedtail.data.augment import augment_draws
+from fedtail.data.federated import FederatedData
+from fedtail.data.plan import LocalWork, Plan, make_plan
+from fedtail.errors import TrainingError
+from fedtail.seeds import Stream, generator
+from fedtail.task import Draw, Task
+from fedtail.trees import Tree
+
+
+class Result(NamedTuple):
+    """What one client gives back."""
+
+    client: int
+    update: Tree
+    weight: float
+    state: Tree
+    metrics: dict[str, Tensor]  # averaged over the client's steps
+    examples: int
+
+
+class Sink:
+    """Adds results in ascending client index, whatever the order in which they arrive.
+
+    The sum is sequential, so neither the engine nor the cohort's order changes a bit of the mean.
+    """
+
+    def __init__(self, ids: Sequence[int], collect: bool = False):
+        self._waiting: dict[int, Result] = {}
+        self._order = sorted(ids)
+        self._next = 0
+        self._collect = collect
+        self._sum: Tree | None = None
+        self._first: Result | None = None
+        self.total = 0.0
+        self.updates: list[Tree] = []
+        self.weights: list[float] = []
+        self.states: dict[int, Tree] = {}
+        self._metrics: dict[str, Tensor] = {}
+        self.examples = 0
+
+    def add(self, result: Result) -> None:
+        """Takes one result; adds it, and those that waited for it, when its turn has come."""
+        self._waiting[result.client] = result
+        while self._next < len(self._order) and self._order[self._next] in self._waiting:
+            self._reduce(self._waiting.pop(self._order[self._next]))
+            self._next += 1
+
+    def _reduce(self, result: Result) -> None:
+        self.states[result.client] = result.state
+        self.examples += result.examples
+        for name, value in result.metrics.items():
+            self._metrics[name] = self._metrics.get(name, 0.0) + value.double() * result.examples
+        self.weights.append(result.weight)
+        self.total += result.weight
+        if self._collect:
+            self.updates.append(result.update)
+        elif self._first is None:
+            self._first = result
+        else:
+            if self._sum is None:
+                self._sum = trees.tree_map(lambda u: _wide(u) * self._first.weight, self._first.update)  # type: ignore[union-attr]
+            self._sum = trees.tree_map(lambda s, u: s.add_(u, alpha=result.weight), self._sum, result.update)
+
+    def mean(self) -> Tree:
+        """Returns sum(w u) / sum(w); a single result as it is; integer buffers are rounded."""
+        assert self._first is not None
+        if self._sum is None or self.total == 0:
+            return self._first.update
+        return trees.tree_map(lambda s, u: _narrow(s / self.total, u.dtype), self._sum, self._first.update)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Returns the clients' metrics, averaged with their numbers of examples."""
+        return {name: value / max(self.examples, 1) for name, value in self._metrics.items()}
+
+
+def _wide(update: Tensor) -> Tensor:
+    return update if update.is_floating_point() else update.double()
+
+
+def _narrow(mean: Tensor, dtype: torch.dtype) -> Tensor:
+    return mean.to(dtype) if dtype.is_floating_point else mean.round().to(dtype)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What stays the same from round to round: everything an engine needs besides message and states."""
+
+    algorithm: Algorithm
+    task: Task
+    data: FederatedData
+    work: LocalWork
+    seed: int
+    constants: Tree = ()
+    counts: np.ndarray[Any, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counts", self.data.counts())
+
+    def draws(self) -> dict[str, Draw]:
+        """Returns all draws of a training step: the algorithm's, the Dropout layers', the augmentation's."""
+        size = self.work.batch_size
+        return {
+            **self.algorithm.draws(self.task, size),
+            **self.task.draws(size),
+            **augment_draws(self.data.augmentation, size),
+        }
+
+    def plans(self, round: Round, trained: int, ids: Sequence[int]) -> dict[int, Plan]:
+        """Returns the plan of each client that has at least one step."""
+        draws = self.draws() if round.phase.local else {}
+        plans = {
+            i: make_plan(self.seed, round.index, trained, i, self.data.owners[i], self.work, draws, round.phase.local)
+            for i in ids
+        }
+        return {i: plan for i, plan in plans.items() if len(plan.lengths)}
+
+    def clients(self, plans: Mapping[int, Plan]) -> Client:
+        """Returns what the algorithm may know of these clients, stacked along a first axis in the plans' order."""
+        ids, dtype, device = list(plans), self.task.dtype, self.task.device
+        return Client(
+            torch.tensor(ids, device=device),
+            torch.tensor([len(self.data.owners[i]) for i in ids], dtype=dtype, device=device),
+            torch.from_numpy(self.counts[ids]).to(device, dtype),
+            torch.tensor([len(plans[i].lengths) for i in ids], dtype=dtype, device=device),
+        )
+
+    def state(self, ctx: Context, message: Tree, states: Mapping[int, Tree], client: int) -> Tree:
+        """Returns a client's state: the kept one, or the initial one at its first participation."""
+        if client in states:
+            return states[client]
+        return self.algorithm.init_client(ctx, message, generator(self.seed, Stream.CLIENT, client))
+
+
+class Engine(ABC):
+    """Runs a cohort: the only function in which engines differ."""
+
+    name: str = ""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+
+    @abstractmethod
+    def cohort(self, round: Round, trained: int, message: Tree, states: Mapping[int, Tree], plans: Mapping[int, Plan],
+               sink: Sink) -> None:  # fmt: skip
+        """Runs every client of `plans` and hands its Result to the sink.
+
+        Args:
+            round: the circumstance.
+            trained: number of earlier training phases in this round.
+            message: the broadcast.
+            states: kept client states; a client without one gets its initial state.
+            plans: what each client does.
+            sink: where results go.
+        """
+
+    @abstractmethod
+    def map_batches(self, function: Any, items: Sequence[Any]) -> list[Any]:
+        """Returns [function(worker, item) for item in items], on whatever the engine runs (evaluation)."""
+
+    def close(self) -> None:
+        """Gives threads back."""
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_result(result: Result, losses: Tensor | None, round: Round) -> Result:
+    """Raises TrainingError if a client's losses (steps,) or its update are not finite."""
+    where = f"client {result.client} in round {round.index}"
+    remedy = ("Lower algorithm.optimizer.lr, set algorithm.optimizer.clip (for example 5), or look for bad inputs "
+              "(fedtail inspect).")  # fmt: skip
+    if losses is not None and not bool(torch.isfinite(losses).all()):
+        step = int((~torch.isfinite(losses)).nonzero()[0])
+        raise TrainingError(f"The loss is {float(losses[step])} on {where}, at local step {step}. {remedy}")
+    if not trees.all_finite(result.update):
+        bad = next(k for k, v in trees.named_leaves(result.update).items() if not bool(torch.isfinite(v).all()))
+        raise TrainingError(f"The update of {where} is not finite (first in {bad}). {remedy}")
+    return result

@@ -1,0 +1,115 @@
+"""The reference engine: one client after another, one batch after another, plain PyTorch speed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtail import trees
+from fedtail.algorithm import Batch, Client, Context, Round, as_tensor
+from fedtail.data.plan import Plan
+from fedtail.engines.base import Engine, Result, Setting, Sink, check_result
+from fedtail.errors import FedtailError, TrainingError
+from fedtail.task import Worker
+from fedtail.trees import Tree
+
+GATHER = 1024  # examples that are gathered and prepared at once: large enough to be cheap, small enough for the cache
+
+
+def iterate(setting: Setting, plan: Plan) -> Any:
+    """Yields the plan's batches; examples are gathered, augmented and prepared for many steps at once."""
+    task, data = setting.task, setting.data
+    draws = {name: as_tensor(value, task.dtype, task.device) for name, value in plan.draws.items()}
+    wanted = setting.draws()
+    order = torch.from_numpy(plan.order).to(task.device)
+    step, offset = 0, 0
+    while step < len(plan.lengths):
+        last, count = step, 0
+        while last < len(plan.lengths) and (last == step or count + plan.lengths[last] <= GATHER):
+            count += int(plan.lengths[last])
+            last += 1
+        lengths = [int(n) for n in plan.lengths[step:last]]
+        flat = {
+            name: torch.cat([value[step + i, :n] for i, n in enumerate(lengths)])
+            for name, value in draws.items()
+            if name.startswith("augment:")
+        }
+        columns = data.gather(order[offset : offset + count], task.dtype, flat, setting.algorithm.columns)
+        parts = {name: value.split(lengths) for name, value in columns.items()}
+        for i, n in enumerate(lengths):
+            cut = {k: v[step + i, :n] if wanted[k].per_example else v[step + i] for k, v in draws.items()}
+            yield Batch({name: value[i] for name, value in parts.items()}, None, cut)
+        step, offset = last, offset + count
+
+
+def owned(local: Tree, shared: Sequence[Tree]) -> Tree:
+    """Clones the tensors of a local state whose memory belongs to message, client state, constants or task."""
+    foreign = {leaf.untyped_storage().data_ptr() for tree in shared for leaf in trees.leaves(tree)}
+    return trees.tree_map(lambda t: t.clone() if t.untyped_storage().data_ptr() in foreign else t, local)
+
+
+def run_client(
+    setting: Setting, worker: Worker, round: Round, client: Client, message: Tree, state: Tree, plan: Plan
+) -> Result:
+    """Runs one client's phase from its plan; the node of a real deployment calls this very function."""
+    algorithm, step = setting.algorithm, -1
+    ctx = Context(worker, round, setting.constants, client)
+    number = int(client.index)
+    stage = "local_init"
+    try:
+        local = algorithm.local_init(ctx, message, state)
+        if worker.donate:
+            local = owned(local, (message, state, setting.constants, setting.task.initial))
+        stage, sums, losses = "local_step", dict[str, Tensor](), list[Tensor]()
+        for step, batch in enumerate(iterate(setting, plan)):  # noqa: B007 (named in the error)
+            local, metrics = algorithm.local_step(ctx, message, state, local, batch)
+            for name, value in metrics.items():
+                sums[name] = sums[name] + value if name in sums else value.clone()
+            if "loss" in metrics:
+                losses.append(metrics["loss"])
+        stage = "local_final"
+        update, state = algorithm.local_final(ctx, message, state, local)
+        weight = float(algorithm.weight(ctx))
+    except FedtailError:
+        raise
+    except Exception as error:
+        remedy = ("Set local.min_batch = 2 to leave such batches out, or use a model with norm = \"group\"."
+                  if "more than 1 value per channel" in str(error) else "Re-run with engine.name = \"loop\" to step through it.")  # fmt: skip
+        where = f" at step {step} " if stage == "local_step" else " "
+        raise TrainingError(
+            f"Client {number} failed in {stage}{where}of round {round.index}: {type(error).__name__}: {error} {remedy}"
+        ) from error
+    means = {name: value / len(plan.lengths) for name, value in sums.items()}
+    result = Result(number, update, weight, state, means, len(setting.data.owners[number]))
+    return check_result(result, torch.stack(losses) if losses else None, round)
+
+
+class LoopEngine(Engine):
+    """One client at a time in the calling thread; the reference for all others."""
+
+    name = "loop"
+
+    def __init__(self, setting: Setting, donate: bool = True):
+        super().__init__(setting)
+        self._worker = setting.task.worker("eager", donate)
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def cohort(self, round: Round, trained: int, message: Tree, states: Mapping[int, Tree], plans: Mapping[int, Plan],
+               sink: Sink) -> None:  # fmt: skip
+        """Runs the clients in ascending index."""
+        clients = self.setting.clients(plans)
+        for position, number in enumerate(plans):
+            client = Client(*(value[position] for value in clients))
+            ctx = Context(self._worker, round, self.setting.constants, client)
+            state = self.setting.state(ctx, message, states, number)
+            sink.add(run_client(self.setting, self._worker, round, client, message, state, plans[number]))
+
+    def map_batches(self, function: Any, items: Sequence[Any]) -> list[Any]:
+        """Runs them one after another."""
+        return [function(self._worker, item) for item in items]
+
+    def close(self) -> None:
+        """Restores the number of intra-op threads."""
+        torch.set_num_threads(self._threads)

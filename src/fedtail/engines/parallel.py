@@ -1,0 +1,71 @@
+"""Clients side by side on the cores of a CPU, one intra-op thread each: bit-identical to the loop engine."""
+
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import torch
+
+from fedtail.algorithm import Client, Context, Round
+from fedtail.data.plan import Plan
+from fedtail.engines.base import Engine, Result, Setting, Sink
+from fedtail.engines.loop import run_client
+from fedtail.task import Worker
+from fedtail.trees import Tree
+
+
+class ParallelEngine(Engine):
+    """A pool of long-lived threads; each has its own skeleton of the network."""
+
+    name = "parallel"
+
+    def __init__(self, setting: Setting, workers: int, donate: bool = True):
+        super().__init__(setting)
+        self._donate = donate
+        self._own = threading.local()
+        self._threads, self._interval = torch.get_num_threads(), sys.getswitchinterval()
+        torch.set_num_threads(1)
+        sys.setswitchinterval(1e-4)  # steps of a small model are shorter than the default 5 ms
+        self._pool = ThreadPoolExecutor(workers, "fedtail", initializer=torch.set_num_threads, initargs=(1,))
+
+    def _worker(self) -> Worker:
+        if not hasattr(self._own, "worker"):
+            self._own.worker = self.setting.task.worker("eager", self._donate)
+        return self._own.worker
+
+    def cohort(self, round: Round, trained: int, message: Tree, states: Mapping[int, Tree], plans: Mapping[int, Plan],
+               sink: Sink) -> None:  # fmt: skip
+        """Starts the longest clients first; the sink adds in ascending index."""
+        clients = self.setting.clients(plans)
+        lock = threading.Lock()
+
+        def one(position: int, number: int) -> None:
+            worker = self._worker()
+            client = Client(*(value[position] for value in clients))
+            ctx = Context(worker, round, self.setting.constants, client)
+            state = self.setting.state(ctx, message, states, number)
+            result: Result = run_client(self.setting, worker, round, client, message, state, plans[number])
+            with lock:
+                sink.add(result)
+
+        order = sorted(enumerate(plans), key=lambda item: -len(plans[item[1]].order))
+        futures = [self._pool.submit(one, *item) for item in order]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+    def map_batches(self, function: Any, items: Sequence[Any]) -> list[Any]:
+        """Runs them on the pool; the order of the results is the order of the items."""
+        return list(self._pool.map(lambda item: function(self._worker(), item), items))
+
+    def close(self) -> None:
+        """Ends the threads; restores the intra-op threads and the switch interval."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._threads)
+        sys.setswitchinterval(self._interval)

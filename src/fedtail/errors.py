@@ -1,0 +1,35 @@
+"""The errors that a user can cause, and therefore can mend.
+
+    FedtailError
+    |- ConfigError       an option, a name or a combination of them
+    |- DataError         a data set or a file of one
+    |- PartitionError    a split that cannot be made
+    |- CheckpointError   a run folder or a checkpoint
+    `- TrainingError     a loss, a gradient or a client during a run
+
+Every message says what is wrong, where, what was got and what to do; the command line prints it without a traceback.
+"""
+
+
+class FedtailError(Exception):
+    """Base of every error that fedtail raises on purpose."""
+
+
+class ConfigError(FedtailError, ValueError):
+    """An option has an impossible value, is unknown, or does not fit another one."""
+
+
+class DataError(FedtailError):
+    """A data set is missing, truncated, altered or of the wrong form."""
+
+
+class PartitionError(FedtailError, ValueError):
+    """A long-tail cut or a partition cannot be made from these data."""
+
+
+class CheckpointError(FedtailError):
+    """A run folder or checkpoint is missing, damaged or belongs to another experiment."""
+
+
+class TrainingError(FedtailError, RuntimeError):
+    """Training failed: a non-finite loss, an exception on a client."""

@@ -1,0 +1,76 @@
+"""What local training is made of: the local state, one step, and the two halves of averaging."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fedtail.algorithm import Context, Metrics
+from fedtail.optim import Optimizer, Params
+from fedtail.task import Variables
+from fedtail.trees import Tree
+
+Objective = Callable[[Variables, Tree], tuple[Tensor, tuple[Variables, Tree, Metrics]]]
+
+
+class Local(NamedTuple):
+    """A client's state within one round."""
+
+    variables: Variables
+    optimizer: Tree
+    extra: Tree  # whatever else the method advances batch by batch, () if nothing
+
+
+def start(optimizer: Optimizer, variables: Variables, extra: Tree = (), trainable: Iterable[str] | None = None) -> Local:
+    """Returns a local state with a fresh optimizer over the trainable names (None: all)."""
+    params = variables.params if trainable is None else {name: variables.params[name] for name in trainable}
+    return Local(variables, optimizer.init(params), extra)
+
+
+def sgd_step(
+    ctx: Context,
+    local: Local,
+    objective: Objective,
+    optimizer: Optimizer,
+    correct: Callable[[Params], Params] | None = None,
+    trainable: Iterable[str] | None = None,
+) -> tuple[Local, Metrics]:
+    """Makes one optimizer step on an objective.
+
+    Args:
+        ctx: the context of the call.
+        local: the local state.
+        objective: `(variables, extra) -> (scalar, (variables with new buffers, extra, metrics))`.
+        optimizer: whose state `local.optimizer` is.
+        correct: changes the gradients before the step (SCAFFOLD's control variates).
+        trainable: names to differentiate and step; the others stay. None: all.
+
+    Returns:
+        (new local state, metrics with "loss", the objective's value).
+    """
+    params = local.variables.params
+    free = {k: params[k] for k in (params if trainable is None else trainable)}
+    fixed = {k: v for k, v in params.items() if k not in free}
+
+    def function(free: Params) -> tuple[Tensor, Any]:
+        value, (variables, extra, metrics) = objective(
+            Variables({**fixed, **free}, local.variables.buffers), local.extra
+        )
+        return value, (variables.buffers, extra, metrics)
+
+    value, (buffers, extra, metrics), grads = ctx.task.value_and_grad(function, free)
+    if correct is not None:
+        grads = correct(grads)
+    free, state = ctx.task.update(optimizer, grads, local.optimizer, free, ctx.round.lr_scale)
+    new = {k: free.get(k, v) for k, v in params.items()}
+    return Local(Variables(new, buffers), state, extra), {"loss": value, **metrics}
+
+
+def delta(message: Variables, variables: Variables) -> Variables:
+    """Returns a client's update: the change of the parameters, and the buffers as they are."""
+    return Variables({k: variables.params[k] - v for k, v in message.params.items()}, dict(variables.buffers))
+
+
+def descend(server: Variables, mean: Variables, server_lr: float = 1.0) -> Variables:
+    """Returns w + server_lr * (mean change); buffers are replaced by their mean, whatever the rate."""
+    return Variables({k: v + server_lr * mean.params[k] for k, v in server.params.items()}, dict(mean.buffers))

@@ -1,0 +1,29 @@
+"""Networks by name: their options here, without torch; the modules themselves are imported when one is built."""
+
+from fedtail.models.specs import (
+    MLP,
+    MODELS,
+    LeNet,
+    ModelSpec,
+    ResNet8,
+    ResNet18,
+    ResNet20,
+    ResNet34,
+    ResNet50,
+    UserModel,
+    model_spec,
+)
+
+__all__ = [
+    "MLP",
+    "MODELS",
+    "LeNet",
+    "ModelSpec",
+    "ResNet8",
+    "ResNet18",
+    "ResNet20",
+    "ResNet34",
+    "ResNet50",
+    "UserModel",
+    "model_spec",
+]

@@ -1,0 +1,256 @@
+"""Task: what is trained, as a description. Worker: one thread's way to call, differentiate and step it."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedtail import trees
+from fedtail.errors import ConfigError
+from fedtail.models.layers import Dropout, replace_dropout
+from fedtail.models.user import find_classifier
+from fedtail.optim import Foreach, ForeachInPlace, Optimizer, Params, PerKey
+from fedtail.seeds import Stream, generator
+
+
+class Variables(NamedTuple):
+    """Everything of a network that travels: buffers (BatchNorm statistics) stand beside the parameters."""
+
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+class Draw(NamedTuple):
+    """A random tensor that a local step wants; it is made beforehand and handed in.
+
+    Args:
+        kind: "uniform" in [0, 1), "normal" (0, 1), "bernoulli" (1 with probability p) or "integers" in [0, high).
+        shape: shape of one step's tensor; for a per-example draw the first entry is the full batch size.
+        per_example: cut the draw to the batch's length.
+        p: probability of a one.
+        high: upper end of integers, exclusive.
+    """
+
+    kind: Literal["uniform", "normal", "bernoulli", "integers"]
+    shape: tuple[int, ...]
+    per_example: bool = False
+    p: float = 0.5
+    high: int = 1
+
+    def sample(self, rng: np.random.Generator, steps: int) -> np.ndarray[Any, Any]:
+        """Returns the draws of `steps` steps, [steps, *shape]; float64, or int64 for integers."""
+        size = (steps, *self.shape)
+        if self.kind == "normal":
+            return rng.standard_normal(size)
+        if self.kind == "integers":
+            return rng.integers(self.high, size=size)
+        uniform = rng.random(size)
+        return uniform if self.kind == "uniform" else (uniform < self.p).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, its initial variables and what an algorithm may know of it. Never run: workers run copies."""
+
+    module: nn.Module
+    initial: Variables
+    num_classes: int
+    input_shape: tuple[int, ...]
+    classifier: str | None  # the last linear layer's name: parameters f"{classifier}.weight" [classes, d] and .bias [classes]
+    stages: tuple[tuple[str, ...], ...]  # parameter names in groups from input to output
+    dropout: Mapping[str, tuple[tuple[int, ...], float]]  # layer name -> (shape of one example, probability of dropping)
+    batch_statistics: bool  # a layer (BatchNorm) computes statistics over the batch
+    dtype: torch.dtype
+    device: torch.device
+
+    def draws(self, batch_size: int) -> dict[str, Draw]:
+        """Returns the masks of the Dropout layers as draws: 1 = keep."""
+        return {
+            f"dropout:{name}": Draw("bernoulli", (batch_size, *shape), per_example=True, p=1 - p)
+            for name, (shape, p) in self.dropout.items()
+        }
+
+    def worker(self, kind: Literal["eager", "vmap"] = "eager", donate: bool = False) -> "Worker":
+        """Returns a private way to run the network; one for each thread."""
+        return Worker(self, kind, donate)
+
+    def with_initial(self, initial: Variables) -> "Task":
+        """Returns the task with other initial variables."""
+        return replace(self, initial=initial)
+
+
+def build_task(
+    build: Callable[[], nn.Module],
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Task:
+    """Makes a task; torch's global generator is seeded for the constructor alone and restored.
+
+    Args:
+        build: makes the network.
+        num_classes: number of classes, >= 2.
+        input_shape: shape of one example, (channels, height, width) or (features,).
+        seed: the experiment's seed.
+        dtype: of parameters and inputs.
+        device: where training happens.
+
+    Raises:
+        ConfigError: the network does not accept the inputs or does not return [batch, classes].
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(generator(seed, Stream.INITIAL).integers(2**63)))
+        module = build().to(dtype)
+    replace_dropout(module)
+    recurrent = [name for name, layer in module.named_modules() if isinstance(layer, nn.RNNBase)]
+    if recurrent:
+        raise ConfigError(f"model: the layers {recurrent} are recurrent and keep their weights in a private list, "
+                          "which fedtail cannot exchange. Use a convolutional, dense or attention model.")  # fmt: skip
+    dropout = _probe(module, num_classes, input_shape, dtype)
+    names = [name for name, _ in module.named_parameters()]
+    stages = getattr(module, "stages", None)
+    groups = stages() if callable(stages) else [[n] for n in names]
+    module = module.to(device)
+    initial = Variables(
+        {n: p.detach().clone() for n, p in module.named_parameters()}, {n: b.clone() for n, b in module.named_buffers()}
+    )
+    statistics = any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm) for m in module.modules()
+    )
+    return Task(
+        module, initial, num_classes, input_shape, find_classifier(module, num_classes),
+        tuple(tuple(g) for g in groups), dropout, statistics, dtype, torch.device(device),
+    )  # fmt: skip
+
+
+def _probe(
+    module: nn.Module, num_classes: int, input_shape: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], float]]:
+    """Runs the network once in evaluation mode: checks the output and sees the shapes that reach Dropout layers."""
+    shapes: dict[str, tuple[tuple[int, ...], float]] = {}
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, inputs, _, name=name: shapes.__setitem__(name, (tuple(inputs[0].shape[1:]), layer.p))
+        )
+        for name, layer in module.named_modules()
+        if isinstance(layer, Dropout)
+    ]
+    module.eval()
+    try:
+        with torch.no_grad():
+            out = module(torch.zeros((2, *input_shape), dtype=dtype))
+    except RuntimeError as error:
+        raise ConfigError(f"model: {type(module).__name__} fails on inputs of shape {input_shape}: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not isinstance(out, Tensor) or tuple(out.shape) != (2, num_classes):
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ConfigError(f"model: {type(module).__name__} must return logits [batch, {num_classes}], got {got} for a batch of 2.")
+    return shapes
+
+
+class Worker:
+    """One thread's skeleton of the network: parameters and buffers are put in for each call.
+
+    All engines share `apply`; what `value_and_grad` and `update` do is the engine's choice: "eager" uses autograd and
+    multi-tensor updates (in place when the engine has given the tensors away), "vmap" uses torch.func and per-key updates.
+    """
+
+    def __init__(self, task: Task, kind: Literal["eager", "vmap"], donate: bool):
+        self.task, self.kind, self.donate = task, kind, donate
+        self.num_classes, self.classifier, self.stages = task.num_classes, task.classifier, task.stages
+        self.initial, self.dtype, self.device = task.initial, task.dtype, task.device
+        self._ops: PerKey = PerKey() if kind == "vmap" else ForeachInPlace() if donate else Foreach()
+        self._skeleton = copy.deepcopy(task.module)
+        self._slots, self._masks = self._empty()
+        self._training: bool | None = None
+
+    def _empty(self) -> tuple[list[tuple[str, bool, dict[str, Any], str]], list[tuple[str, dict[str, Any]]]]:
+        """Takes parameters and buffers out of the skeleton; returns where each one goes (tied ones share a name)."""
+        params = {id(p): name for name, p in self._skeleton.named_parameters()}
+        buffers = {id(b): name for name, b in self._skeleton.named_buffers()}
+        slots: list[tuple[str, bool, dict[str, Any], str]] = []
+        masks: list[tuple[str, dict[str, Any]]] = []
+        for path, module in self._skeleton.named_modules():
+            for own, known, is_buffer in ((module._parameters, params, False), (module._buffers, buffers, True)):
+                for attribute in [a for a, value in own.items() if value is not None]:
+                    name = known[id(own.pop(attribute))]
+                    slots.append((name, is_buffer, module.__dict__, attribute))
+            if isinstance(module, Dropout):
+                masks.append((f"dropout:{path}", module.__dict__))
+        return slots, masks
+
+    def apply(
+        self,
+        variables: Variables,
+        x: Tensor,
+        part: str = "forward",
+        train: bool = True,
+        draws: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Variables]:
+        """Runs the network, or a part of it.
+
+        Args:
+            variables: what to run it with; names that the network lacks are ignored.
+            x: the input, [batch, ...].
+            part: "forward", or the name of a method or submodule ("features", "head", "generator").
+            train: training mode (batch statistics, Dropout).
+            draws: the batch's draws, for the masks of Dropout layers.
+
+        Returns:
+            (output, variables with the new buffers); the given ones are not modified.
+        """
+        if self._training is not train:
+            self._skeleton.train(train)
+            self._training = train
+        params, buffers = variables
+        if buffers and train:
+            buffers = {name: value.clone() for name, value in buffers.items()}
+        for name, is_buffer, place, attribute in self._slots:
+            place[attribute] = (buffers if is_buffer else params)[name]
+        for name, place in self._masks:
+            place["mask"] = (draws or {}).get(name)
+        out = (self._skeleton if part == "forward" else getattr(self._skeleton, part))(x)
+        return out, Variables(params, buffers)
+
+    def value_and_grad(
+        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
+    ) -> tuple[Tensor, Any, Params]:
+        """Differentiates `function(params) -> (scalar, aux)`; returns (value, aux, gradients), all detached."""
+        if self.kind == "vmap":
+            grads, (value, aux) = torch.func.grad_and_value(function, has_aux=True)(params)
+            return value, aux, grads
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        value, aux = function(leaves)
+        if value.requires_grad:
+            found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            grads = dict(zip(leaves, self._own(found), strict=True))
+        else:
+            grads = {name: torch.zeros_like(p) for name, p in params.items()}
+        owned = {p.untyped_storage().data_ptr() for p in params.values()} if self.donate else set[int]()
+
+        def release(leaf: Tensor) -> Tensor:  # what the objective returns must survive the update in place
+            leaf = leaf.detach()
+            return leaf.clone() if leaf.untyped_storage().data_ptr() in owned else leaf
+
+        return value.detach(), trees.tree_map(release, aux), grads
+
+    def _own(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Makes gradients fit to be overwritten: autograd may return one tensor twice, or an expanded view."""
+        if not self.donate or len({g.data_ptr() for g in grads}) == len(grads) and all(g.is_contiguous() for g in grads):
+            return grads
+        return tuple(g.clone(memory_format=torch.contiguous_format) for g in grads)
+
+    def update(
+        self, optimizer: Optimizer, grads: Params, state: Any, params: Params, scale: float = 1.0
+    ) -> tuple[Params, Any]:
+        """Makes one step of the optimizer; returns the new (parameters, state)."""
+        return optimizer.update(self._ops, grads, state, params, scale)

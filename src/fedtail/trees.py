@@ -1,0 +1,90 @@
+"""Trees of tensors: NamedTuples, dicts and tuples whose leaves are tensors.
+
+States, messages and updates are such trees. Everything generic (stacking, saving, comparing) goes through these functions.
+A plain recursion is used rather than torch's private tree module: it is faster on small trees and is public.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+Tree = Any  # a Tensor, or a NamedTuple, tuple or dict of trees; () is the empty tree
+
+
+def rebuild(node: Tree, children: Sequence[Tree]) -> Tree:
+    """Returns a node of the same kind as `node` (dict, tuple or NamedTuple) with other children, in the same order."""
+    if isinstance(node, dict):
+        return dict(zip(cast("dict[str, Tree]", node), children, strict=True))
+    return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
+
+
+def items(node: Tree) -> Iterator[tuple[str, Tree]]:
+    """Yields (name, child) of one node; raises TypeError for what is neither a node nor a tensor."""
+    if isinstance(node, dict):
+        yield from cast("dict[str, Tree]", node).items()
+    elif isinstance(node, tuple):
+        node = cast("tuple[Tree, ...]", node)
+        yield from zip(getattr(node, "_fields", map(str, range(len(node)))), node, strict=True)
+    else:
+        raise TypeError(
+            f"states, messages and updates are NamedTuples, tuples or dicts of tensors; got {type(node).__name__}. "
+            "Turn numbers into tensors (torch.tensor(...)) and None into ()."
+        )
+
+
+def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Applies `function` to each leaf of `tree` (and the leaves at the same place in `rest`)."""
+    if isinstance(tree, Tensor):
+        return function(tree, *rest)
+    others = [dict(items(other)) for other in rest]
+    return rebuild(tree, [tree_map(function, v, *(other[k] for other in others)) for k, v in items(tree)])
+
+
+def named_leaves(tree: Tree, prefix: str = "") -> dict[str, Tensor]:
+    """Returns the leaves by path: `("params", "conv.weight")` becomes `params/conv.weight`."""
+    if isinstance(tree, Tensor):
+        return {prefix: tree}
+    found: dict[str, Tensor] = {}
+    for name, child in items(tree):
+        found.update(named_leaves(child, f"{prefix}/{name}" if prefix else name))
+    return found
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """Returns the leaves in order."""
+    return list(named_leaves(tree).values())
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    """Stacks equal trees: each leaf gets a new first axis, one entry a tree."""
+    return tree_map(lambda *parts: torch.stack(parts), *trees)
+
+
+def row(tree: Tree, index: int) -> Tree:
+    """Returns entry `index` of a stacked tree, as copies that own their memory."""
+    return tree_map(lambda leaf: leaf[index].clone(), tree)
+
+
+def clone(tree: Tree) -> Tree:
+    """Returns the tree with every tensor copied and detached."""
+    return tree_map(lambda leaf: leaf.detach().clone(), tree)
+
+
+def equal(first: Tree, second: Tree) -> bool:
+    """Says whether two trees have the same paths and bit-equal leaves (dtype and shape included)."""
+    a, b = named_leaves(first), named_leaves(second)
+    return a.keys() == b.keys() and all(
+        x.dtype == b[k].dtype and x.shape == b[k].shape and torch.equal(x, b[k]) for k, x in a.items()
+    )
+
+
+def num_bytes(tree: Tree) -> int:
+    """Returns the size of all leaves in bytes."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))
+
+
+def all_finite(tree: Tree) -> bool:
+    """Says whether every floating leaf is finite: a sum is NaN or infinite as soon as one entry is (or it overflows)."""
+    return all(bool(torch.isfinite(x.sum()) or torch.isfinite(x).all()) for x in leaves(tree) if x.is_floating_point())
