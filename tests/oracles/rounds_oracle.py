@@ -5,7 +5,7 @@ fedgrab.md section 2. Local training is PyTorch's SGD (buffer <- rho * buffer + 
 buffer at the start of every round.
 
 `rounds` everywhere: a list with one dictionary a round, client id -> list of batches (index arrays into x and y). The
-keys are the cohort. A client without batches is left out of the round. `sizes[k]` is n_k.
+keys are the cohort. A client without batches is left out of the round (one at least must have some). `sizes[k]` is n_k.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """What a data set is in memory: plain arrays, and what must be known to normalise and to cite them."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,6 +124,40 @@ class Dataset:
         return self.train.x.shape[1:]
 
 
+def assemble(name: str, train: Split, test: Split, class_names: tuple[str, ...] | None = None) -> Dataset:
+    """Makes a data set of one's own splits, with the statistics of its training pixels.
+
+    Args:
+        name: what to call it.
+        train: training examples.
+        test: test examples.
+        class_names: name of each class; None: classes 0..(largest label), named by their numbers.
+
+    Raises:
+        DataError: the classes are not numbered from 0, or the splits do not fit together.
+    """
+    labels = np.concatenate([train.y, test.y])
+    low, high = int(labels.min()), int(labels.max())
+    if low != 0 or high >= len(labels):
+        raise DataError(
+            f"{name}: y: labels run from {low} to {high} over {len(labels)} examples, expected classes 0, 1, 2, ... "
+            "Renumber them, for example with np.unique(y, return_inverse=True)[1]."
+        )
+    mean, std = channel_statistics(train.x) if train.x.dtype == np.uint8 else ((), ())
+    names = tuple(str(label) for label in range(high + 1)) if class_names is None else class_names
+    return Dataset(
+        name=name,
+        train=train,
+        test=test,
+        num_classes=len(names),
+        class_names=names,
+        mean=mean,
+        std=std,
+        licence="not stated",
+        source=name,
+    )
+
+
 def stratified_split(y: Labels, test: int, rng: np.random.Generator) -> tuple[Labels, Labels]:
     """Chooses which examples are held out for testing, in proportion to the classes.
 
@@ -148,7 +183,7 @@ def stratified_split(y: Labels, test: int, rng: np.random.Generator) -> tuple[La
     """
     if not 1 <= test < len(y):
         raise ConfigError(f"stratified_split: test must be in 1..{len(y) - 1} for {len(y)} examples, got {test}.")
-    counts = np.bincount(y)
+    _, y, counts = np.unique(y, return_inverse=True, return_counts=True)
     take = counts * test // len(y)  # below counts, because test < N
     rest = test - int(take.sum())
     by_remainder = np.argsort(-(counts * test % len(y)), kind="stable")
@@ -185,7 +220,7 @@ def channels_first(x: npt.NDArray[np.uint8], where: str = "x") -> npt.NDArray[np
     )
 
 
-def channel_statistics(x: npt.NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(x: Examples) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of uint8 images [N, C, H, W] on the scale 0..1 (pixel / 255).
 
     A constant channel gets the deviation 1, so that dividing by it is harmless.
@@ -203,3 +238,20 @@ def channel_statistics(x: npt.NDArray[np.uint8]) -> tuple[tuple[float, ...], tup
     mean = share @ levels
     std = np.sqrt((share * (levels - mean[:, None]) ** 2).sum(1))
     return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist())
+
+
+def idx_hashes(split: Split) -> tuple[str, str]:
+    """SHA-256 of the uncompressed IDX files (header and bytes) that hold a split of grey images."""
+    found: list[str] = []
+    for array in (split.x[:, 0].astype(np.uint8), split.y.astype(np.uint8)):
+        header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
+        found.append(hashlib.sha256(header + array.tobytes()).hexdigest())
+    return found[0], found[1]
+
+
+def array_hashes(split: Split) -> tuple[str, str]:
+    """SHA-256 of the images as uint8 [N, H, W, C] and of the labels as uint8 [N], in C order."""
+    images = hashlib.sha256()
+    for start in range(0, len(split), 4096):  # in pieces: no second copy of all images
+        images.update(split.x[start : start + 4096].transpose(0, 2, 3, 1).tobytes())
+    return images.hexdigest(), hashlib.sha256(split.y.astype(np.uint8).tobytes()).hexdigest()

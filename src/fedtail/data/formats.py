@@ -79,7 +79,7 @@ def read_idx(path: Path, mend: str = _READ_AGAIN) -> npt.NDArray[np.uint8]:
         raise DataError(
             f"{path}: got {len(raw)} bytes{note}, expected {expected} by its header ({list(shape)}). {mend}"
         )
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy()  # a copy can be written to
 
 
 def idx_files(folder: Path, mend: str = _READ_AGAIN) -> dict[str, Path]:
@@ -232,31 +232,25 @@ def read_npz(
     if unknown:
         raise ConfigError(f"columns: {unknown[0]!r} is none of {', '.join(NPZ_COLUMNS)}.")
     names = {role: columns.get(role, role) for role in NPZ_COLUMNS}
-    arrays = _npz_arrays(path, names)
-    if "x_train" not in arrays and {"x", "y"} <= set(arrays):
+    arrays, found = _npz_arrays(path, names)
+    single = "x_train" not in arrays and "x" in arrays
+    roles = ("x", "y") if single else ("x_train", "y_train", "x_test", "y_test")
+    _check_columns(path, [names[role] for role in (*roles, *columns)], found)
+    if single:
         whole = _npz_split(path, arrays, names, "")
         rows = stratified_split(whole.y, round(test_share * len(whole)), np.random.default_rng(seed))
         train, test = (Split(whole.x[r], whole.y[r], None if whole.user is None else whole.user[r]) for r in rows)
         return train, test
-    for role in ("x_train", "y_train", "x_test", "y_test"):
-        if role not in arrays:
-            raise _no_column(path, names[role], list(_npz_names(path)))
     return _npz_split(path, arrays, names, "_train"), _npz_split(path, arrays, names, "_test")
 
 
-def _npz_names(path: Path) -> list[str]:
-    with zipfile.ZipFile(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist()]
-
-
-def _npz_arrays(path: Path, names: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of a file by role. It must be a zip file: np.load alone would open .npy files and pickles as well."""
+def _npz_arrays(path: Path, names: Mapping[str, str]) -> tuple[dict[str, npt.NDArray[Any]], list[str]]:
+    """The arrays of a file by role, and all names in it."""
     try:
-        found = set(_npz_names(path))
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:  # np.load alone would take .npy files as well
+            found = [name.removesuffix(".npy") for name in archive.namelist()]
         with np.load(path, allow_pickle=False) as archive:
-            return {role: archive[name] for role, name in names.items() if name in found}
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file. Check data.name.") from error
+            return {role: archive[name] for role, name in names.items() if name in found}, found
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path} ({_size(path)} bytes): no readable .npz file of plain arrays ({error}). Write it with np.savez; "
@@ -265,44 +259,36 @@ def _npz_arrays(path: Path, names: Mapping[str, str]) -> dict[str, npt.NDArray[A
 
 
 def _npz_split(path: Path, arrays: Mapping[str, npt.NDArray[Any]], names: Mapping[str, str], part: str) -> Split:
-    x, y = arrays["x" + part], arrays["y" + part]
+    x, y, user = arrays["x" + part], arrays["y" + part], arrays.get("user" + part)
+    name_x, name_y = names["x" + part], names["y" + part]
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
-    if y.ndim != 1 or y.dtype.kind not in "iu" or y.min(initial=0) < 0:
-        raise DataError(
-            f"{path}: {names['y' + part]}: got {y.dtype} {list(y.shape)}, expected whole numbers [N] from 0. "
-            "Number the classes 0, 1, 2, ..."
-        )
-    user = arrays.get("user" + part)
-    if user is not None and user.dtype.kind in "iu":
-        user = user.astype(np.int64)
-    return _split(
-        f"{path}: arrays {names['x' + part]}, {names['y' + part]}",
-        _npz_examples(path, names["x" + part], x),
-        y.astype(np.int64),
-        user,
-    )
-
-
-def _npz_examples(path: Path, name: str, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if y.dtype.kind not in "iu" or y.ndim != 1:
+        raise DataError(f"{path}: {name_y}: got {y.dtype} {list(y.shape)}, expected class numbers 0, 1, 2, ... [N].")
     if x.ndim == 2 and x.dtype.kind in "biuf":
         with np.errstate(over="ignore"):  # Split reports what does not fit into float32 as not finite
-            return x.astype(np.float32)
-    if x.ndim in (3, 4) and x.dtype == np.uint8:
-        return channels_first(x, f"{path}: {name}")
-    raise DataError(
-        f"{path}: {name}: got {x.dtype} {list(x.shape)}, expected uint8 images [N, H, W], [N, H, W, C] or "
-        "[N, C, H, W], or numbers [N, F]. Turn images on the scale 0..1 into bytes with (x * 255).round().astype(np.uint8)."
-    )
+            x = x.astype(np.float32)
+    elif x.ndim in (3, 4) and x.dtype == np.uint8:
+        x = channels_first(x, f"{path}: {name_x}")
+    else:
+        raise DataError(
+            f"{path}: {name_x}: got {x.dtype} {list(x.shape)}, expected uint8 images [N, H, W], [N, H, W, C] or "
+            "[N, C, H, W], or numbers [N, F]. Images on the scale 0..1: (x * 255).round().astype(np.uint8)."
+        )
+    if user is not None and user.dtype.kind in "iu":
+        user = user.astype(np.int64)
+    return _split(f"{path}: {name_x}, {name_y}", x, y.astype(np.int64), user)
 
 
-def _no_column(path: Path, name: str, found: list[str]) -> DataError:
-    near = difflib.get_close_matches(name.lower(), [other.lower() for other in found], 1, 0.5)
-    hint = f" Did you mean {next(o for o in found if o.lower() == near[0])!r}?" if near else ""
-    return DataError(
-        f"{path}: no array {name!r}. Found: {', '.join(found) or 'none'}.{hint} "
-        f'Rename it, or say what it is called with columns = {{ {name} = "..." }}.'
-    )
+def _check_columns(path: Path, required: Iterable[str], found: list[str]) -> None:
+    for name in required:
+        if name not in found:
+            near = difflib.get_close_matches(name.lower(), [other.lower() for other in found], 1, 0.5)
+            hint = "".join(f" Did you mean {other!r}?" for other in found if other.lower() in near)
+            raise DataError(
+                f"{path}: no array {name!r}. Found: {', '.join(found) or 'none'}.{hint} Needed are x_train, y_train, "
+                "x_test and y_test, or x and y; say with columns what they are called in the file."
+            )
 
 
 def read_image_folder(folder: Path, size: int | None = None) -> tuple[Split, Split, tuple[str, ...]]:
@@ -334,32 +320,30 @@ def read_image_folder(folder: Path, size: int | None = None) -> tuple[Split, Spl
     for path, name in files["test"]:
         if name not in names:
             raise DataError(f"{path}: class {name!r} has no images in train (its classes: {', '.join(names)}).")
-    grey, shape = _image_kind([path for part in files.values() for path, _ in part], size)
+    mode, shape = _image_kind([path for part in files.values() for path, _ in part], size)
 
     def split(part: str) -> Split:
-        x = np.stack([_decode(path, "L" if grey else "RGB", shape) for path, _ in files[part]])
+        x = np.stack([_decode(path, mode, shape) for path, _ in files[part]])
         return Split(channels_first(x), np.array([names.index(name) for _, name in files[part]], np.int64))
 
     return split("train"), split("test"), names
 
 
-def _image_kind(paths: list[Path], size: int | None) -> tuple[bool, tuple[int, int]]:
-    """Whether all are grey, and their common (width, height); only the headers are read."""
-    grey, shape = True, None if size is None else (size, size)
+def _image_kind(paths: list[Path], size: int | None) -> tuple[str, tuple[int, int]]:
+    """The common mode, L or RGB, and the common (width, height); only the headers are read."""
+    modes: set[str] = set()
+    shapes: dict[tuple[int, int], Path] = {}
     for path in paths:
         try:
             with Image.open(path) as image:
-                grey, shape = grey and image.mode in ("1", "L"), shape or image.size
-                found = image.size
+                modes.add(image.mode)
+                shapes.setdefault(image.size, path)
         except _UNDECODABLE as error:
             raise _corrupt(path, error) from error
-        if size is None and found != shape:
-            raise DataError(
-                f"{path}: got {found[0]} x {found[1]} pixels, expected {shape[0]} x {shape[1]} as in {paths[0]}. "
-                "Give a size to resize all images to."
-            )
-    assert shape is not None  # there is at least one image
-    return grey, shape
+    if size is None and len(shapes) > 1:
+        listing = ", ".join(f"{width} x {height} ({path})" for (width, height), path in list(shapes.items())[:3])
+        raise DataError(f"images differ in width x height: {listing}. Give a size to resize all of them to.")
+    return "L" if modes <= {"1", "L"} else "RGB", next(iter(shapes)) if size is None else (size, size)
 
 
 def _decode(path: Path, mode: str, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:

@@ -151,15 +151,15 @@ def _counts(name: str, share: NDArray[np.float64], available: Ints, factor: floa
         )
     if counts.min() < 1:
         raise PartitionError(
-            f"data.longtail: {name} with factor {factor:g} leaves class {int((counts < 1).argmax())} without an example "
-            f"(class 0 has {largest}). Use factor <= {largest}."
+            f"data.longtail: {name} with factor {factor:g} leaves class {int((counts < 1).argmax())} without an "
+            f"example (class 0 has {largest}). Use factor <= {largest}."
         )
     return counts
 
 
 def _cut(labels: Ints, counts: Ints, rng: np.random.Generator, legacy_seed: int | None) -> Ints:
     """Returns a random choice of counts[c] examples of every class c, class after class."""
-    # The authors' order of work: seed once, then per class shuffle the indices (in file order) in place, keep the first.
+    # The authors' order of work: seed once; per class shuffle the indices (in file order) in place, keep the first.
     shuffler = rng if legacy_seed is None else np.random.RandomState(legacy_seed)
     chosen: list[Ints] = []
     for c, count in enumerate(counts):

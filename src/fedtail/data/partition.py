@@ -7,29 +7,28 @@ What cannot be made is answered here, before anything trains, with values that w
 """
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from math import inf
 from typing import Any
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 
+from fedtail.data.dirichlet import draw_until, legacy_owners, multinomial_counts, proportional_counts
 from fedtail.data.statistics import Ints, class_counts
 from fedtail.errors import ConfigError, PartitionError
 
+Users = NDArray[Any] | None
+
 MAX_TRIES = 1000  # draws of dirichlet_multinomial with a min_size before it gives up
-TRIAL_DRAWS = 20  # draws that judge a value before it is proposed: half of them must reach min_size
 
 
 class Partition(ABC):
     """A rule that hands every example to a client."""
 
     @abstractmethod
-    def split(
-        self, labels: Ints, num_classes: int, rng: np.random.Generator, users: NDArray[Any] | None = None
-    ) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
         """Returns one array of indices into `labels` a client: disjoint, each int64 and ascending.
 
         Args:
@@ -53,12 +52,13 @@ class IID(Partition):
     def __post_init__(self) -> None:
         _at_least("IID", 1, clients=self.clients)
 
-    def split(
-        self, labels: Ints, num_classes: int, rng: np.random.Generator, users: NDArray[Any] | None = None
-    ) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
         """Splits; see `Partition.split`."""
         if self.clients > len(labels):
-            raise _error(f"iid cannot give {self.clients} clients an example each", len(labels), f"clients <= {len(labels)}")
+            raise _error(
+                f"iid cannot give each of {self.clients} clients an example, there are {len(labels)}",
+                f"clients <= {len(labels)}",
+            )
         owners = np.empty(len(labels), np.int64)
         owners[rng.permutation(len(labels))] = np.arange(len(labels)) % self.clients
         return _lists(owners, self.clients)
@@ -78,7 +78,7 @@ class DirichletMultinomial(Partition):
     min_size: int = 0
     """Smallest client that is accepted, >= 0; with 0 the first draw counts and clients may be empty."""
     legacy_seed: int | None = None
-    """Repeats the authors' partition bit for bit with this seed of NumPy's legacy generator (FedLoGe 3407, Fed-GraB 1)."""
+    """Repeats the authors' partition bit for bit: the seed of NumPy's legacy generator (FedLoGe 3407, Fed-GraB 1)."""
 
     def __post_init__(self) -> None:
         _at_least("DirichletMultinomial", 1, clients=self.clients)
@@ -92,34 +92,20 @@ class DirichletMultinomial(Partition):
                 f"got {self.min_size}. Leave one of them out."
             )
 
-    def split(
-        self, labels: Ints, num_classes: int, rng: np.random.Generator, users: NDArray[Any] | None = None
-    ) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
         """Splits; see `Partition.split`."""
         available = class_counts(labels, num_classes)
         if self.legacy_seed is not None:
-            return _lists(self._legacy_owners(labels, available, self.legacy_seed), self.clients)
-        return _lists(_deal(labels, _draw_counts(self, available, MAX_TRIES, rng), rng), self.clients)
+            owners = legacy_owners(labels, available, self.clients, self.alpha, self.legacy_seed)
+            return _lists(owners, self.clients)
 
-    def draw(self, available: Ints, rng: np.random.Generator) -> Ints:
-        """Returns n_kc of one draw, int64 [clients, C], for class sizes `available`, int64 [C]."""
-        shares = rng.dirichlet(np.full(self.clients, self.alpha), size=len(available))
-        return rng.multinomial(available, shares).T
+        def draw(clients: int, alpha: float) -> Ints:
+            return multinomial_counts(available, clients, alpha, rng)
 
-    def _legacy_owners(self, labels: Ints, available: Ints, seed: int) -> Ints:
-        # The sequence of the authors' code: an unused binomial array, then per class one Dirichlet draw and one choice.
-        legacy = np.random.RandomState(seed)
-        legacy.binomial(1, 1, size=(self.clients, len(available)))
-        owners = np.empty(len(labels), np.int64)
-        for c, count in enumerate(available):
-            shares = legacy.dirichlet(np.full(self.clients, self.alpha))
-            if not np.isfinite(shares).all():
-                raise PartitionError(
-                    "data.partition: the legacy draw of dirichlet_multinomial is 0/0 at so small an alpha "
-                    f"({self.alpha:g}). Use alpha >= 0.001, or leave legacy_seed out."
-                )
-            owners[labels == c] = legacy.choice(self.clients, int(count), p=shares)
-        return owners
+        counts = draw_until(
+            "dirichlet_multinomial", draw, len(labels), self.clients, self.alpha, self.min_size, MAX_TRIES
+        )
+        return _lists(_deal(labels, counts, rng), self.clients)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +117,7 @@ class DirichletProportional(Partition):
     alpha: float = 0.5
     """Concentration, > 0: small = skewed, large = near IID."""
     min_size: int = 10
-    """Smallest client that is accepted, >= 0; everything is drawn again until it is reached, which favours milder skew."""
+    """Smallest client that is accepted, >= 0; all is drawn again until it is reached, which favours milder skew."""
     cap: bool = False
     """Give nothing more to clients that already hold N / clients examples; milder skew."""
     max_tries: int = 1000
@@ -142,27 +128,17 @@ class DirichletProportional(Partition):
         _at_least("DirichletProportional", 0, min_size=self.min_size)
         _positive("DirichletProportional", self.alpha)
 
-    def split(
-        self, labels: Ints, num_classes: int, rng: np.random.Generator, users: NDArray[Any] | None = None
-    ) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
         """Splits; see `Partition.split`."""
-        counts = _draw_counts(self, class_counts(labels, num_classes), self.max_tries, rng)
-        return _lists(_deal(labels, counts, rng), self.clients)
+        available = class_counts(labels, num_classes)
 
-    def draw(self, available: Ints, rng: np.random.Generator) -> Ints:
-        """Returns n_kc of one draw, int64 [clients, C], for class sizes `available`, int64 [C]."""
-        shares = rng.dirichlet(np.full(self.clients, self.alpha), size=len(available))
-        counts = np.zeros((self.clients, len(available)), np.int64)
-        for c in np.flatnonzero(available):
-            q = shares[c]
-            if self.cap:
-                room = counts.sum(axis=1) < available.sum() / self.clients
-                # With a tiny alpha all of q may lie on full clients: those with room then share alike.
-                q = np.where(room, q, 0.0) if (q * room).any() else room.astype(np.float64)
-                q = q / q.sum()
-            inner = np.floor(np.cumsum(q)[:-1] * available[c]).astype(np.int64)
-            counts[:, c] = np.diff(inner, prepend=0, append=available[c])
-        return counts
+        def draw(clients: int, alpha: float) -> Ints:
+            return proportional_counts(available, clients, alpha, self.cap, rng)
+
+        counts = draw_until(
+            "dirichlet_proportional", draw, len(labels), self.clients, self.alpha, self.min_size, self.max_tries
+        )
+        return _lists(_deal(labels, counts, rng), self.clients)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +156,7 @@ class Shards(Partition):
     def __post_init__(self) -> None:
         _at_least("Shards", 1, clients=self.clients, shards_per_client=self.shards_per_client)
 
-    def split(
-        self, labels: Ints, num_classes: int, rng: np.random.Generator, users: NDArray[Any] | None = None
-    ) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
         """Splits; see `Partition.split`."""
         shards, examples = self.clients * self.shards_per_client, len(labels)
         if shards > examples:
@@ -191,7 +165,7 @@ class Shards(Partition):
                 for name, other in (("clients", self.shards_per_client), ("shards_per_client", self.clients))
                 if other <= examples
             ]
-            raise _error(f"shards cannot cut {shards} shards", examples, " or ".join(values) or "fewer of both")
+            raise _error(f"shards cannot cut {examples} examples into {shards}", " or ".join(values) or "fewer of both")
         shuffled = rng.permutation(examples)
         by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
         dealt = rng.permutation(shards) // self.shards_per_client
@@ -202,7 +176,7 @@ class Shards(Partition):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassSpecific(Partition):
-    """Every client holds exactly q classes, every class has r = clients * q / C holders with nearly equal parts (7.3)."""
+    """Every client holds q classes, every class has r = clients * q / C holders with nearly equal parts (7.3)."""
 
     clients: int = 10
     """Number of clients, >= 1; clients * classes_per_client must be a multiple of C."""
@@ -212,9 +186,7 @@ class ClassSpecific(Partition):
     def __post_init__(self) -> None:
         _at_least("ClassSpecific", 1, clients=self.clients, classes_per_client=self.classes_per_client)
 
-    def split(
-        self, labels: Ints, num_classes: int, rng: np.random.Generator, users: NDArray[Any] | None = None
-    ) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
         """Splits; see `Partition.split`."""
         available = class_counts(labels, num_classes)
         self._check(available)
@@ -233,25 +205,25 @@ class ClassSpecific(Partition):
         if classes % q:
             divisors = [d for d in range(1, classes + 1) if classes % d == 0]
             near = [*[d for d in divisors if d < q][-1:], *[d for d in divisors if d > q][:1]]
-            raise PartitionError(
-                f"data.partition: class_specific needs classes_per_client to divide the {classes} classes, got {q}. "
-                f"Use classes_per_client = {' or '.join(map(str, near))}."
+            raise _error(
+                f"class_specific needs classes_per_client to divide the {classes} classes, got {q}",
+                f"classes_per_client = {' or '.join(map(str, near))}",
             )
         step = classes // q  # clients * q is a multiple of C exactly when clients is one of C / q
         if self.clients % step:
             below = self.clients // step * step
             near = [n for n in (below, below + step) if n]
-            raise PartitionError(
-                f"data.partition: class_specific needs clients to be a multiple of {step} ({classes} classes / {q} a client), "
-                f"got {self.clients}. Use clients = {' or '.join(map(str, near))}."
+            raise _error(
+                f"class_specific needs clients to be a multiple of {step} ({classes} / {q}), got {self.clients}",
+                f"clients = {' or '.join(map(str, near))}",
             )
         holders, rarest = self.clients // step, int(available.argmin())
         if available[rarest] < holders:
             most = int(available[rarest]) * step
             raise _error(
-                f"class_specific cannot give each of the {holders} holders of class {rarest} an example of it",
-                int(available[rarest]),
-                f"clients <= {most}" if most else "data that hold every class",
+                f"class_specific cannot give each of {holders} holders an example of class {rarest}, "
+                f"there are {available[rarest]}",
+                f"clients = {most} or fewer" if most else "data that hold every class",
             )
 
 
@@ -265,23 +237,20 @@ class Natural(Partition):
     def __post_init__(self) -> None:
         _at_least("Natural", 1, min_size=self.min_size)
 
-    def split(
-        self, labels: Ints, num_classes: int, rng: np.random.Generator, users: NDArray[Any] | None = None
-    ) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
         """Splits; see `Partition.split`. Users left out leave their examples unused."""
         if users is None or len(users) != len(labels):
             got = "none" if users is None else f"one of {len(users)} values for {len(labels)} examples"
-            raise PartitionError(
-                f"data.partition: natural needs a column that names the user of every example, got {got}. "
-                "Use data that come with one, or another partition such as dirichlet_multinomial."
+            raise _error(
+                f"natural needs a column that names the user of every example, got {got}",
+                "data that come with one, or another partition such as dirichlet_multinomial",
             )
         _, owners, sizes = np.unique(users, return_inverse=True, return_counts=True)
         kept = [part for part in _lists(owners.reshape(-1), len(sizes)) if len(part) >= self.min_size]
         if not kept:
             largest = int(sizes.max(initial=0))
             raise _error(
-                f"natural finds no user with {self.min_size} examples (the largest has {largest})",
-                len(labels),
+                f"natural finds no user with {self.min_size} examples, the largest has {largest}",
                 f"min_size <= {largest}" if largest else "data with examples",
             )
         return kept
@@ -295,3 +264,118 @@ PARTITIONS: dict[str, type[Partition]] = {
     "class_specific": ClassSpecific,
     "natural": Natural,
 }
+
+
+def describe_partition(partition: Partition) -> str:
+    """Returns one line for people: the registry's name, every setting, and what the rule does.
+
+    Example:
+        >>> describe_partition(IID(clients=4))[:15]
+        'iid (clients=4)'
+    """
+    names = [name for name, cls in PARTITIONS.items() if type(partition) is cls] or [type(partition).__name__]
+    settings = ", ".join(f"{f.name}={getattr(partition, f.name)}" for f in fields(partition))  # pyright: ignore[reportArgumentType]
+    return f"{names[0]} ({settings}): {(type(partition).__doc__ or '').strip().splitlines()[0]}"
+
+
+def local_test_counts(counts: Ints, num_test: int, pool: Ints) -> Ints:
+    """Returns m_kc = min(floor(N_test * n_kc / n_tot), pool_c), int64 [clients, C] (protocol sections 2.4 and 3).
+
+    Args:
+        counts: n_kc of the training partition, int64 [clients, C].
+        num_test: N_test, the size of the balanced test set, >= 0.
+        pool: test examples of each class, int64 [C].
+    """
+    total = max(int(counts.sum()), 1)  # no training data at all: no local tests
+    return np.minimum(counts * num_test // total, pool)
+
+
+def local_tests(m: Ints, test_labels: Ints, rng: Generator) -> list[Ints]:
+    """Returns every client's local test set: ascending int64 indices into the test set, m[k, c] of class c.
+
+    Drawn without replacement within a client and independently for every client, so the sets of two clients may overlap
+    and all are subsets of the global test set (protocol section 2.4).
+
+    Args:
+        m: int64 [clients, C], from `local_test_counts`.
+        test_labels: int64 [N_test], values 0..C-1.
+        rng: what is drawn.
+
+    Raises:
+        PartitionError: a client wants more examples of a class than the test set has.
+    """
+    classes = m.shape[1]
+    pool = class_counts(test_labels, classes)
+    if (m > pool).any():
+        client, c = np.argwhere(m > pool)[0].tolist()
+        raise _error(
+            f"client {client} wants {m[client, c]} local test examples of class {c}, the test set has {pool[c]}",
+            "counts from local_test_counts",
+        )
+    by_class = [np.flatnonzero(test_labels == c) for c in range(classes)]
+    return [
+        np.sort(np.concatenate([rng.choice(by_class[c], row[c], replace=False) for c in range(classes)])).astype(
+            np.int64
+        )
+        for row in m
+    ]
+
+
+def validation_split(labels: Ints, num_classes: int, per_class: int, rng: Generator) -> tuple[Ints, Ints]:
+    """Takes a balanced validation set out of the training pool, before any long-tail cut.
+
+    Args:
+        labels: int64 [N], values 0..num_classes-1.
+        num_classes: C, >= 1.
+        per_class: validation examples of each class, >= 0.
+        rng: which ones.
+
+    Returns:
+        (train, validation): disjoint ascending int64 indices that together are 0..N-1.
+
+    Raises:
+        PartitionError: a class would keep no training example.
+    """
+    _at_least("validation", 0, per_class=per_class)
+    available = class_counts(labels, num_classes)
+    rarest = int(available.argmin())
+    if per_class and available[rarest] <= per_class:
+        most = max(int(available[rarest]) - 1, 0)
+        raise _error(
+            f"{per_class} validation examples of class {rarest} leave none to train on, there are {available[rarest]}",
+            f"at most {most} a class",
+        )
+    mask = np.zeros(len(labels), bool)
+    for c in range(num_classes):
+        mask[rng.permutation(np.flatnonzero(labels == c))[:per_class]] = True
+    return np.flatnonzero(~mask).astype(np.int64), np.flatnonzero(mask).astype(np.int64)
+
+
+def _at_least(owner: str, low: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < low:
+            raise ConfigError(f"{owner}.{name} must be >= {low}, got {value}.")
+
+
+def _positive(owner: str, alpha: float) -> None:
+    if not 0 < alpha < inf:
+        raise ConfigError(f"{owner}.alpha must be in (0, inf), got {alpha}.")
+
+
+def _error(what: str, remedy: str) -> PartitionError:
+    return PartitionError(f"data.partition: {what}. Use {remedy}.")
+
+
+def _lists(owners: Ints, clients: int) -> list[Ints]:
+    """Returns the ascending indices of every owner 0..clients-1."""
+    sizes = np.bincount(owners, minlength=clients)
+    order = np.argsort(owners, kind="stable").astype(np.int64)
+    return np.split(order, np.cumsum(sizes)[:-1])
+
+
+def _deal(labels: Ints, counts: Ints, rng: Generator) -> Ints:
+    """Returns the owner of every example, int64 [N]: counts[k, c] random examples of class c go to client k."""
+    owners = np.empty(len(labels), np.int64)
+    for c in range(counts.shape[1]):
+        owners[rng.permutation(np.flatnonzero(labels == c))] = np.repeat(np.arange(len(counts)), counts[:, c])
+    return owners

@@ -51,20 +51,18 @@ def describe(counts: Ints) -> dict[str, Any]:
         counts: n_kc, int64 [clients, classes].
 
     Returns:
-        `clients`, `classes`, `examples`; `empty_clients`, their number; `sizes`, the min, median and max of n_k over all
-        clients; `imbalance`, largest / smallest class among the classes held: of the `union` and of the `clients` (min,
-        median, max); `label_entropy`, the mean over clients of -sum_c q_kc ln q_kc, in nats; `classes_per_client` (min,
-        median, max, mean); `holders_per_class`, one number a class; `skew`, the mean total-variation distance
-        1/2 sum_c |q_kc - q_c| between a client's label distribution and the union's, 0 = all alike, below 1.
+        `clients`, `classes`, `examples`; `empty_clients`, their number; `sizes`, the min, median and max of n_k over
+        all clients; `imbalance`, largest / smallest class among the classes held: of the `union` and of the `clients`
+        (min, median, max); `label_entropy`, the mean over clients of -sum_c q_kc ln q_kc, in nats;
+        `classes_per_client` (min, median, max, mean); `holders_per_class`, one number a class; `skew`, the mean
+        total-variation distance 1/2 sum_c |q_kc - q_c| of a client's label shares to the union's, 0 = all alike, < 1.
     """
     union = counts.sum(axis=0)
     held = counts[counts.sum(axis=1) > 0]
     share = held / held.sum(axis=1, keepdims=True)
     entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=1)
     distance = np.abs(share - union / max(int(union.sum()), 1)).sum(axis=1) / 2
-    imbalance = held.max(axis=1, initial=0) / np.where(held > 0, held, np.iinfo(np.int64).max).min(
-        axis=1, initial=np.inf
-    )
+    imbalance = held.max(axis=1) / np.where(held > 0, held, np.inf).min(axis=1)
     classes = (held > 0).sum(axis=1)
     return {
         "clients": counts.shape[0],

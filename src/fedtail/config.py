@@ -1,0 +1,317 @@
+"""The experiment as one tree of frozen dataclasses, and its TOML form.
+
+Where a field can hold one of several classes, the TOML table has a key `name` that picks it from a registry, for example
+`[algorithm] name = "fedprox"`. Unknown keys and names are errors that name the nearest known one.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import tomli_w
+
+from fedtail.algorithm import Algorithm
+from fedtail.algorithms import ALGORITHMS
+from fedtail.algorithms.fedavg import FedAvg
+from fedtail.data.augment import Augmentation
+from fedtail.data.longtail import LONGTAILS, Exponential, LongTail
+from fedtail.data.partition import PARTITIONS, DirichletMultinomial, Partition
+from fedtail.data.plan import LocalWork
+from fedtail.engines import EngineOptions
+from fedtail.errors import ConfigError
+from fedtail.metrics import GROUP_RULES, Cumulative, GroupRule
+from fedtail.models.specs import MLP, MODELS, ModelSpec, UserModel, did_you_mean, split_target
+from fedtail.optim import OPTIMIZERS, Optimizer
+from fedtail.schedule import SCHEDULES, Constant, Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which examples, cut how, given to whom."""
+
+    name: str = "digits"
+    """A known data set (fedtail list datasets), an .npz file or a folder of images."""
+    folder: str = ""
+    """Where its files are; empty: fedtail's cache ($FEDTAIL_DATA)."""
+    longtail: LongTail = Exponential(factor=10.0)
+    """The cut that makes the union long-tailed."""
+    partition: Partition = DirichletMultinomial(clients=8, alpha=0.5)
+    """Who holds what."""
+    augmentation: Augmentation = "none"
+    """Random crop (padding 4) and flip of training images."""
+    validation: int = 0
+    """Images of each class kept out of training for model selection, taken before the long-tail cut."""
+    server: int = 0
+    """Images of each class given to the server, taken before the long-tail cut; for methods that have server data."""
+
+    def __post_init__(self) -> None:
+        if self.validation < 0 or self.server < 0:
+            raise ConfigError(f"data.validation and data.server must be >= 0, got {self.validation} and {self.server}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Participation:
+    """Who takes part in a round: drawn uniformly without replacement among the clients that hold data."""
+
+    fraction: float = 1.0
+    """Share of the population, in (0, 1]; max(floor(fraction * clients), 1) clients are drawn."""
+    clients: int = 0
+    """Number of clients instead of a share; 0 = use the share."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1 or self.clients < 0:
+            raise ConfigError(f"participation: fraction must be in (0, 1] and clients >= 0, got {self.fraction} and {self.clients}.")
+
+    def size(self, population: int) -> int:
+        """Returns the cohort's size."""
+        return min(self.clients, population) if self.clients else max(int(self.fraction * population), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """When and how a model is judged."""
+
+    every: int = 1
+    """Rounds between two evaluations; the last round is always evaluated."""
+    groups: GroupRule = Cumulative()
+    """What head, medium and tail mean."""
+    local: bool = True
+    """Judge on each client's matched local test set too."""
+    batch_size: int = 500
+    """Images in an evaluation batch."""
+    keep: Literal["last", "best"] = "last"
+    """"best" also keeps the checkpoint with the highest balanced accuracy on the validation split."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.batch_size < 1:
+            raise ConfigError(f"evaluation: every and batch_size must be >= 1, got {self.every} and {self.batch_size}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that determines a run."""
+
+    seed: int = 0
+    """Determines every random number of the run, >= 0."""
+    rounds: int = 20
+    """Number of rounds, >= 1."""
+    algorithm: Algorithm = FedAvg()
+    """The method."""
+    data: Data = Data()
+    """The federation's data."""
+    model: ModelSpec = MLP()
+    """The network."""
+    local: LocalWork = LocalWork()
+    """A client's work in a round."""
+    participation: Participation = Participation()
+    """Who takes part."""
+    schedule: Schedule = Constant()
+    """The learning rate over rounds."""
+    evaluation: Evaluation = Evaluation()
+    """When and how the model is judged."""
+    engine: EngineOptions = EngineOptions()
+    """How a cohort is computed."""
+    checkpoint_every: int = 1
+    """Rounds between two checkpoints, >= 1; a killed run repeats the rounds since the last one."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of parameters and inputs."""
+    device: str = "cpu"
+    """Where training happens: cpu, cuda, cuda:1."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0 or self.rounds < 1 or self.checkpoint_every < 1:
+            raise ConfigError("seed must be >= 0, rounds and checkpoint_every >= 1; "
+                              f"got {self.seed}, {self.rounds}, {self.checkpoint_every}.")  # fmt: skip
+        if self.evaluation.keep == "best" and not self.data.validation:
+            raise ConfigError('evaluation.keep = "best" needs a validation split: set data.validation (images per class).')
+
+
+REGISTRIES: dict[type, Mapping[str, Any]] = {
+    Algorithm: ALGORITHMS,
+    Optimizer: OPTIMIZERS,
+    LongTail: LONGTAILS,
+    Partition: PARTITIONS,
+    ModelSpec: MODELS,
+    GroupRule: GROUP_RULES,
+    Schedule: SCHEDULES,
+}
+"""For each abstract field type, the names that a configuration may use."""
+
+
+def resolve(base: type, name: str) -> type:
+    """Returns the class behind a name, or behind "file.py:Name" for a user's own algorithm."""
+    registry = REGISTRIES[base]
+    if name in registry:
+        target = registry[name]
+        if isinstance(target, str):
+            module, _, attribute = target.partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        return target
+    if base is Algorithm and ".py:" in name:
+        return user_class(name)
+    what = {ModelSpec: "model", LongTail: "longtail", GroupRule: "groups"}.get(base, base.__name__.lower())
+    hint = did_you_mean(name, registry)
+    raise ConfigError(f"unknown {what} {name!r}{hint} Known are {', '.join(registry)}.")
+
+
+def user_class(target: str) -> type:
+    """Imports "file.py:Name", a user's own Algorithm, under a module name that depends on the path alone."""
+    path, attribute = split_target(target)
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise ConfigError(f"algorithm: there is no file {file} (from {target!r}).")
+    name = "fedtail_user_" + hashlib.sha256(str(file).encode()).hexdigest()[:12]
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise ConfigError(f"algorithm: {file} cannot be imported: {type(error).__name__}: {error}") from error
+    found = getattr(sys.modules[name], attribute, None)
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise ConfigError(f"algorithm: {file} has no Algorithm named {attribute!r}.")
+    found.fedtail_name = target  # type: ignore[attr-defined]
+    return found
+
+
+def name_of(value: object) -> str | None:
+    """Returns the configuration name of a polymorphic value, None for a plain dataclass."""
+    if isinstance(value, UserModel):
+        return value.target
+    for base, registry in REGISTRIES.items():
+        if isinstance(value, base):
+            cls = type(value)
+            named = {n: t if isinstance(t, str) else f"{t.__module__}:{t.__qualname__}" for n, t in registry.items()}
+            own = f"{cls.__module__}:{cls.__qualname__}"
+            return next((n for n, t in named.items() if t == own), getattr(cls, "fedtail_name", own))
+    return None
+
+
+def to_dict(value: Any) -> Any:
+    """Returns a tree of plain values; polymorphic nodes carry their `name`; None is left out (TOML has none)."""
+    if not dataclasses.is_dataclass(value):
+        return [to_dict(v) for v in value] if isinstance(value, tuple | list) else value
+    name = name_of(value)
+    fields = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, UserModel):
+        del fields["target"]
+    plain = {k: v for k, v in fields.items() if v is not None}
+    return {"name": name, **plain} if name else plain
+
+
+def from_dict(cls: type, table: Mapping[str, Any], where: str = "") -> Any:
+    """Builds a dataclass from plain values.
+
+    Args:
+        cls: the dataclass, or the abstract type of a polymorphic field.
+        table: its fields; a polymorphic node needs `name`.
+        where: the dotted path, for messages.
+
+    Raises:
+        ConfigError: an unknown key or name, a wrong type, an impossible value.
+    """
+    table = dict(table)
+    if cls in REGISTRIES:
+        name = table.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"{where}: the key `name` is missing; known names are {', '.join(REGISTRIES[cls])}.")
+        if cls is ModelSpec and ".py:" in name:
+            table["target"] = name
+            cls = UserModel
+        else:
+            cls = resolve(cls, name)
+    hints = get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    for key in table:
+        if key not in known:
+            place = f"{where}.{key}" if where else key
+            raise ConfigError(f"unknown option {place!r}{did_you_mean(key, known)} Known are {', '.join(known)}.")
+    values = {k: _value(known[k], v, f"{where}.{k}" if where else k) for k, v in table.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where or cls.__name__}: {error}") from error
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """Checks and converts one plain value to a field's type."""
+    if hint in REGISTRIES or dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a table, got {value!r}.")
+        return from_dict(hint, value, where)
+    origin, arguments = getattr(hint, "__origin__", None), getattr(hint, "__args__", ())
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where} must be one of {', '.join(map(repr, arguments))}; got {value!r}.")
+        return value
+    if origin is dict and isinstance(value, Mapping):
+        return {k: _value(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_value(arguments[0], v, where) for v in value)
+    if origin is list and isinstance(value, list | tuple):
+        return [_value(arguments[0], v, where) for v in value]
+    options = [a for a in arguments if a is not type(None)] if type(None) in arguments else [hint]
+    accepted = {float: (int, float)}.get(options[0], options[0])
+    if hint is Any:
+        return value
+    if (isinstance(value, bool) and options[0] is not bool) or not isinstance(value, accepted):
+        raise ConfigError(f"{where} must be a {getattr(options[0], '__name__', options[0])}, got {value!r}.")
+    return float(value) if options[0] is float else value
+
+
+def load(path: str | Path) -> Experiment:
+    """Reads an experiment from a TOML file or from a run folder's config.toml.
+
+    Raises:
+        ConfigError: no such file, not TOML, or wrong content.
+    """
+    file = Path(path)
+    file = file / "config.toml" if file.is_dir() else file
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read the experiment {file}: {error.strerror}.") from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}.") from error
+    try:
+        return from_dict(Experiment, merged(to_dict(Experiment()), table))
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def merged(default: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """Lays a table over the defaults; where it picks another `name`, that node's own defaults hold instead."""
+    out = dict(default)
+    for key, value in table.items():
+        below = default.get(key)
+        other = isinstance(value, Mapping) and "name" in value and key != "data"
+        nested = isinstance(value, Mapping) and isinstance(below, Mapping) and not other
+        out[key] = merged(below, value) if nested else value  # type: ignore[arg-type]
+    return out
+
+
+def dumps(experiment: Experiment) -> str:
+    """Returns the TOML text of an experiment, complete with every default."""
+    return tomli_w.dumps(to_dict(experiment))
+
+
+def fingerprint(experiment: Experiment) -> str:
+    """Returns a hash of everything that determines the run."""
+    return hashlib.sha256(json.dumps(to_dict(experiment), sort_keys=True).encode()).hexdigest()
+
+

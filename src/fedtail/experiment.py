@@ -1,0 +1,332 @@
+"""The generator of rounds: one order of events for every algorithm and engine, and nothing of a run outside it.
+
+A round: for each phase, draw the cohort, broadcast, run it, reduce, update the server; then server data, `advance`,
+evaluation, checkpoint. Seeds are stateless, so a resumed run makes the same bits as an uninterrupted one.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedtail import config, runs
+from fedtail.algorithm import Batch, Context, Phase, Round
+from fedtail.config import Experiment
+from fedtail.data.federated import FederatedData
+from fedtail.data.plan import make_plan
+from fedtail.engines import choose, make_engine
+from fedtail.engines.base import Engine, Setting, Sink
+from fedtail.errors import CheckpointError, ConfigError, FedtailError, TrainingError
+from fedtail.evaluate import judge, shot_groups
+from fedtail.federation import federate, make_task
+from fedtail.seeds import Stream, generator
+from fedtail.task import Variables
+from fedtail.trees import Tree, all_finite
+
+log = logging.getLogger("fedtail")
+
+
+class RoundResult(NamedTuple):
+    """What a round yields."""
+
+    index: int  # 0-based
+    rounds: int
+    record: dict[str, Any]  # what metrics.jsonl gets
+    server: Tree
+    seconds: float
+
+
+@contextlib.contextmanager
+def blame(method: str) -> Iterator[None]:
+    """Names the server method of the algorithm in which an unexpected error arose."""
+    try:
+        yield
+    except FedtailError:
+        raise
+    except Exception as error:
+        raise TrainingError(f"The algorithm failed in {method}: {type(error).__name__}: {error}") from error
+
+
+class Federation:
+    """An experiment under way: the fixed setting and the state between two rounds."""
+
+    def __init__(self, experiment: Experiment, data: FederatedData | None = None):
+        self.data = data if data is not None else federate(experiment.data, experiment.seed, experiment.device)
+        self.task = make_task(experiment, self.data)
+        holders = [i for i, owned in enumerate(self.data.owners) if len(experiment.local.lengths(len(owned)))]
+        if not holders:
+            raise ConfigError("data.partition and local.min_batch leave no client with a batch. Lower local.min_batch.")
+        self.holders = np.array(holders)
+        size = min(experiment.participation.size(self.data.clients), len(holders))
+        self.cohort_size = size
+        options = experiment.engine
+        self.reason = "as configured"
+        if options.name == "auto":
+            name, self.reason = choose(self.task, size, options.cores())
+            options = dataclasses.replace(options, name=name)
+        self.experiment = dataclasses.replace(experiment, engine=options)
+        self.algorithm = experiment.algorithm
+        self.groups = shot_groups(experiment.evaluation.groups, self.data)
+        self.round, self.stage, self.best = 0, 0, -1.0
+        self.states: dict[int, Tree] = {}
+        self.constants = self.algorithm.constants(self.task, generator(experiment.seed, Stream.CONSTANTS))
+        self.engine = self._engine()
+        self.worker = self.engine.setting.task.worker()
+        with blame("init_server"):
+            self.server = self.algorithm.init_server(self.context(), generator(experiment.seed, Stream.ALGORITHM))
+        log.info("engine %s: %s", options.name, self.reason)
+
+    def _engine(self) -> Engine:
+        task = self.algorithm.stage_task(self.task, self.stage)
+        experiment = self.experiment
+        setting = Setting(self.algorithm, task, self.data, experiment.local, experiment.seed, self.constants)
+        return make_engine(experiment.engine, setting)
+
+    def close(self) -> None:
+        """Gives the engine's threads back."""
+        self.engine.close()
+
+    def context(self, phase: Phase = Phase(), cohort: int = 0) -> Context:
+        """Returns the server's context."""
+        experiment = self.experiment
+        scale = experiment.schedule.scale(self.round, experiment.rounds)
+        here = Round(self.round, phase, cohort, self.data.clients, experiment.rounds, scale, self.stage)
+        return Context(self.worker, here, self.constants, None)
+
+    def restore(self, snapshot: runs.Snapshot) -> None:
+        """Continues from a checkpoint."""
+        self.server, self.states = snapshot.server, dict(snapshot.clients)
+        self.round, self.best = snapshot.meta["round"], snapshot.meta["best"]
+        self._set_stage(snapshot.meta["stage"])
+
+    def _set_stage(self, stage: int) -> None:
+        if stage != self.stage:
+            self.stage = stage
+            self.engine.close()
+            self.engine = self._engine()
+            self.worker = self.engine.setting.task.worker()
+
+    def snapshot(self, metrics_bytes: int) -> runs.Snapshot:
+        """Returns what a checkpoint keeps."""
+        meta = {"round": self.round, "stage": self.stage, "best": self.best, "metrics_bytes": metrics_bytes,
+                "experiment": config.fingerprint(self.experiment)}  # fmt: skip
+        return runs.Snapshot(self.server, self.states, meta)
+
+    def draw(self, phase: Phase) -> list[int]:
+        """Returns a phase's cohort in ascending order: a function of (seed, round)."""
+        if phase.cohort == "all":
+            return self.holders.tolist()
+        rng = generator(self.experiment.seed, Stream.COHORT, self.round)
+        return sorted(self.holders[rng.choice(len(self.holders), self.cohort_size, replace=False)].tolist())
+
+    def step(self) -> dict[str, Any]:
+        """Runs one round; returns its record without scores."""
+        record: dict[str, Any] = {"round": self.round}
+        trained = 0
+        phases = self.algorithm.phases(self.round, self.experiment.rounds)
+        for phase in phases:
+            sink = self._phase(phase, trained)
+            trained += phase.local
+            name = "train" if phase.name == "train" else phase.name
+            record[name] = {"clients": len(sink.states), "examples": sink.examples, **plain(sink.metrics())}
+        if len(self.data.server):
+            record["server"] = self._server_data()
+        ctx = self.context()
+        record["lr_scale"] = ctx.round.lr_scale
+        with blame("diagnostics"):
+            record["diagnostics"] = plain(self.algorithm.diagnostics(ctx, self.server))
+        return record
+
+    def _phase(self, phase: Phase, trained: int) -> Sink:
+        ids = self.draw(phase)
+        ctx = self.context(phase, len(ids))
+        with torch.no_grad(), blame("broadcast"):
+            message = self.algorithm.broadcast(ctx, self.server)
+        plans = self.engine.setting.plans(ctx.round, trained, ids)
+        sink = Sink(list(plans), phase.reduce == "collect")
+        self.engine.cohort(ctx.round, trained, message, self.states, plans, sink)
+        total = torch.tensor(sink.total, dtype=self.task.dtype, device=self.task.device)
+        with torch.no_grad(), blame("server_update"):
+            if phase.reduce == "collect":
+                weights = torch.tensor(sink.weights, dtype=self.task.dtype, device=self.task.device)
+                self.server = self.algorithm.server_collect(ctx, self.server, sink.updates, weights)
+            else:
+                self.server = self.algorithm.server_update(ctx, self.server, sink.mean(), total)
+        if not all_finite(self.server):
+            raise TrainingError(
+                f"The server state is not finite after round {self.round}, although every update was. Lower "
+                "algorithm.server_lr or the clients' learning rate."
+            )
+        self.states.update((i, s) for i, s in sink.states.items() if s != ())
+        return sink
+
+    def _server_data(self) -> dict[str, Any]:
+        """Loops `server_step` over the server's data, once an epoch of the local work."""
+        experiment, ctx = self.experiment, self.context(Phase("server"))
+        plan = make_plan(experiment.seed, self.round, 0, self.data.clients, self.data.server, experiment.local, {})
+        start, sums = 0, dict[str, torch.Tensor]()
+        for n in plan.lengths.tolist():
+            rows = torch.from_numpy(plan.order[start : start + n]).to(self.task.device)
+            batch = Batch(self.data.gather(rows, self.task.dtype, {}, self.algorithm.columns), None, {})
+            with blame("server_step"):
+                self.server, metrics = self.algorithm.server_step(ctx, self.server, batch)
+            sums = {k: sums.get(k, 0.0) + v / len(plan.lengths) for k, v in metrics.items()}  # type: ignore[operator]
+            start += n
+        return plain(sums)
+
+    def score(self) -> dict[str, Any]:
+        """Judges the present model."""
+        options, ctx = self.experiment.evaluation, self.context(cohort=self.cohort_size)
+        with torch.no_grad():
+            message = self.algorithm.broadcast(ctx, self.server)
+        return judge(self.engine, self.algorithm, ctx.round, self.constants, message, self.states,
+                     options.groups, self.groups, options.local, options.batch_size)  # fmt: skip
+
+    def advance(self, record: dict[str, Any]) -> None:
+        """Lets the algorithm move between rounds, then counts the round."""
+        with torch.no_grad(), blame("advance"):
+            stage, self.server = self.algorithm.advance(self.context(), self.server, record)
+        self.round += 1
+        self._set_stage(stage)
+
+    def module(self, client: int | None = None) -> nn.Module:
+        """Returns the trained network as a plain module in evaluation mode."""
+        task = self.engine.setting.task
+        with torch.no_grad():
+            message = self.algorithm.broadcast(self.context(), self.server)
+        state = None if client is None else self.engine.setting.state(self.context(), message, self.states, client)
+        variables: Variables = self.algorithm.variables(self.context(), message, state)
+        module = copy.deepcopy(task.module)
+        known = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        module.load_state_dict({k: v for k, v in {**variables.params, **variables.buffers}.items() if k in known})
+        return module.eval()
+
+
+def plain(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Returns tensors as numbers and nested lists."""
+    return {k: v.detach().cpu().double().tolist() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
+
+
+def partition_arrays(federation: Federation) -> dict[str, np.ndarray[Any, Any]]:
+    """Returns what partition.npz keeps."""
+    data = federation.data
+    y = data.test["y"].numpy(force=True)
+    tests = np.stack([np.bincount(y[t], minlength=data.num_classes) for t in data.local_tests])
+    sizes = [len(o) for o in data.owners]
+    return {"offsets": np.cumsum([0, *sizes]), "examples": np.concatenate(list(data.owners)),
+            "counts": data.counts(), "test_counts": tests}  # fmt: skip
+
+
+def run(experiment: Experiment, folder: str | Path | None = None) -> Iterator[RoundResult]:
+    """Runs an experiment.
+
+    Everything that can be wrong with the experiment is checked before this returns; training happens as the rounds are
+    taken from the iterator.
+
+    Args:
+        experiment: what to run.
+        folder: where to keep the run (it must not exist); None keeps nothing.
+
+    Returns:
+        An iterator over RoundResult.
+
+    Raises:
+        FedtailError: see fedtail.errors.
+
+    Example:
+        >>> from fedtail.config import Experiment
+        >>> for result in run(Experiment(rounds=1)):
+        ...     print(result.index, sorted(result.record["test"])[:2])
+        0 ['accuracy', 'balanced_accuracy']
+    """
+    federation = Federation(experiment)
+    path = None if folder is None else Path(folder)
+    if path is not None:
+        try:
+            runs.create(path, federation.experiment, partition_arrays(federation), federation.snapshot(0))
+        except BaseException:
+            federation.close()
+            raise
+    return _rounds(federation, path)
+
+
+def resume(folder: str | Path) -> Iterator[RoundResult]:
+    """Continues a run to its last round, bit for bit as if it had never stopped.
+
+    Raises:
+        CheckpointError: no run, a damaged checkpoint, or one of another experiment.
+    """
+    path = Path(folder)
+    federation = reopen(path)
+    return _rounds(federation, path)
+
+
+def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
+    """Returns a run's federation in the state of a checkpoint ("checkpoint" or "best")."""
+    path = Path(folder)
+    if not (path / "config.toml").is_file():
+        raise CheckpointError(f"{path} is not a run folder: it has no config.toml. `fedtail run` makes one.")
+    experiment = config.load(path)
+    snapshot = runs.load_checkpoint(path / f"{checkpoint}.safetensors", config.fingerprint(experiment), experiment.device)
+    federation = Federation(experiment)
+    federation.restore(snapshot)
+    return federation
+
+
+def load(folder: str | Path, client: int | None = None, checkpoint: str = "checkpoint") -> nn.Module:
+    """Returns a run's model, ready to predict on prepared inputs.
+
+    Args:
+        folder: the run.
+        client: None for the generic model, or a client's index.
+        checkpoint: "checkpoint" (the last round) or "best" (by validation score).
+    """
+    federation = reopen(folder, checkpoint)
+    federation.close()
+    return federation.module(client)
+
+
+def _rounds(federation: Federation, path: Path | None) -> Iterator[RoundResult]:
+    experiment = federation.experiment
+    with contextlib.closing(federation), runs.locked(path) if path else contextlib.nullcontext():
+        size = 0
+        if path is not None:
+            size = runs.load_checkpoint(path / "checkpoint.safetensors").meta["metrics_bytes"]
+            runs.truncate_metrics(path, size)
+        while federation.round < experiment.rounds:
+            start = time.perf_counter()
+            record = federation.step()
+            last = federation.round + 1 == experiment.rounds
+            if last or (federation.round + 1) % experiment.evaluation.every == 0:
+                record.update(federation.score())
+            federation.advance(record)
+            seconds = time.perf_counter() - start
+            if path is not None:
+                size = runs.log_metrics(path, record, {"round": record["round"], "seconds": round(seconds, 4)})
+                _keep(federation, path, record, size, last)
+            yield RoundResult(record["round"], experiment.rounds, record, federation.server, seconds)
+
+
+def _keep(federation: Federation, path: Path, record: dict[str, Any], size: int, last: bool) -> None:
+    """Writes the round's checkpoints; the best one first, so that the latest never names a best that is not there."""
+    experiment = federation.experiment
+    if experiment.evaluation.keep == "best" and "validation" in record:
+        score = record["validation"]["balanced_accuracy"]
+        if score > federation.best:
+            federation.best = score
+            runs.save_checkpoint(path / "best.safetensors", federation.snapshot(size))
+    if last or federation.round % experiment.checkpoint_every == 0:
+        runs.save_checkpoint(path / "checkpoint.safetensors", federation.snapshot(size))
+
+
+def count_steps(federation: Federation, ids: Sequence[int]) -> int:
+    """Returns the local steps of these clients in one training phase."""
+    return sum(len(federation.experiment.local.lengths(len(federation.data.owners[i]))) for i in ids)

@@ -1,0 +1,71 @@
+"""From an experiment to what an engine needs: the federated data and the task."""
+
+import numpy as np
+import torch
+
+from fedtail.config import Data, Experiment
+from fedtail.data.catalog import load
+from fedtail.data.dataset import Dataset
+from fedtail.data.federated import FederatedData
+from fedtail.data.partition import Natural, local_test_counts, local_tests, validation_split
+from fedtail.errors import ConfigError
+from fedtail.seeds import Stream, generator
+from fedtail.task import Task, build_task
+
+
+def federate(options: Data, seed: int, device: str = "cpu") -> FederatedData:
+    """Loads, holds out, cuts and splits the data: a pure function of the options and the seed.
+
+    Raises:
+        DataError: the data set is missing or damaged.
+        PartitionError: the cut or the partition is infeasible.
+    """
+    dataset = load(options.name, options.folder or None)
+    classes, labels = dataset.num_classes, dataset.train.y
+    pool = np.arange(len(labels))
+    held: list[np.ndarray] = []
+    for stream, per_class in ((Stream.VALIDATION, options.validation), (Stream.SERVER_DATA, options.server)):
+        keep, out = validation_split(labels[pool], classes, per_class, generator(seed, stream))
+        held.append(pool[out])
+        pool = pool[keep]
+    chosen = pool[options.longtail.cut(labels[pool], classes, generator(seed, Stream.LONGTAIL))]
+    users = None if dataset.train.user is None else dataset.train.user[chosen]
+    owners = options.partition.split(labels[chosen], classes, generator(seed, Stream.PARTITION), users)
+    counts = np.stack([np.bincount(labels[chosen][o], minlength=classes) for o in owners])
+    available = np.bincount(dataset.test.y, minlength=classes)
+    wanted = local_test_counts(counts, len(dataset.test), available)
+    local = local_tests(wanted, dataset.test.y, generator(seed, Stream.LOCAL_TEST))
+    rows = np.concatenate([chosen, *held])  # only these are kept in memory
+    ends = np.cumsum([len(chosen), *map(len, held)])
+    return FederatedData(
+        {"x": torch.from_numpy(dataset.train.x[rows]).to(device), "y": torch.from_numpy(labels[rows]).to(device)},
+        owners,
+        {"x": torch.from_numpy(dataset.test.x).to(device), "y": torch.from_numpy(dataset.test.y).to(device)},
+        local, classes, dataset.mean, dataset.std, options.augmentation,
+        np.arange(ends[0], ends[1]), np.arange(ends[1], ends[2]), _sources(dataset, options, len(chosen)),
+    )  # fmt: skip
+
+
+def _sources(dataset: Dataset, options: Data, examples: int) -> tuple[str, ...]:
+    who = "by its users" if isinstance(options.partition, Natural) else repr(options.partition)
+    return (
+        f"{dataset.name} ({dataset.source}; licence: {dataset.licence})",
+        f"long tail: {options.longtail!r}, {examples} training examples",
+        f"partition: {who}",
+    )
+
+
+def make_task(experiment: Experiment, data: FederatedData) -> Task:
+    """Builds the network for these data and moves it to the device.
+
+    Raises:
+        ConfigError: the network does not fit the data, or there is no such device.
+    """
+    device = experiment.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} is not available: torch {torch.__version__} sees no GPU. Use device = \"cpu\".")  # fmt: skip
+    shape = tuple(data.columns["x"].shape[1:])
+    return build_task(
+        lambda: experiment.model.build(shape, data.num_classes), data.num_classes, shape,
+        seed=experiment.seed, dtype=getattr(torch, experiment.dtype), device=device,
+    )  # fmt: skip

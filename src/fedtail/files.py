@@ -1,0 +1,52 @@
+"""Writing files so that a killed process, a full disk or a crash leaves the old content or the new one, never a half."""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from fedtail.errors import CheckpointError
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Writes a file under a temporary name beside it, flushes it to the disk and renames it.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; the old file is untouched.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    name: str | None = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        if name is not None and os.path.exists(name):
+            os.unlink(name)
+        raise write_error(path, error) from error
+
+
+def append(path: Path, text: str) -> int:
+    """Appends to a file and flushes it to the disk; returns the file's new size in bytes."""
+    try:
+        with open(path, "ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: OSError) -> CheckpointError:
+    """Returns the error for a failed write: what, where, and what to do."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "Free some space" if full else "Check the folder's permissions"
+    return CheckpointError(
+        f"cannot write {path}: {error.strerror}. {remedy}, then continue with `fedtail resume {path.parent}`; "
+        "what was saved before is untouched."
+    )

@@ -1,0 +1,248 @@
+"""The run folder: everything that a run leaves, readable without fedtail.
+
+    config.toml               the resolved experiment
+    environment.json          versions, machine, command
+    partition.npz             who holds what: offsets [clients + 1], examples, counts [clients, classes], test_counts
+    metrics.jsonl             one record a round; the same seed gives the same bytes
+    timings.jsonl             seconds a round; not reproducible, therefore apart
+    checkpoint.safetensors    the latest state; best.safetensors: by validation score
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedtail import config, trees
+from fedtail.errors import CheckpointError
+from fedtail.files import append, write_atomic, write_error
+from fedtail.trees import Tree
+
+FORMAT = 1
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint holds."""
+
+    server: Tree
+    clients: dict[int, Tree]
+    meta: dict[str, Any]  # rounds done, stage, bytes of metrics, the experiment's fingerprint, best score
+
+
+def describe(tree: Tree) -> Any:
+    """Returns a tree's structure as plain values: tensors as "*", NamedTuples with the name of their class."""
+    if isinstance(tree, Tensor):
+        return "*"
+    if isinstance(tree, dict):
+        return {"dict": {k: describe(v) for k, v in cast("dict[str, Tree]", tree).items()}}
+    kind = f"{type(tree).__module__}:{type(tree).__qualname__}" if hasattr(tree, "_fields") else "tuple"
+    return {kind: {name: describe(v) for name, v in trees.items(tree)}}
+
+
+def rebuild(structure: Any, leaves: dict[str, Tensor], prefix: str) -> Tree:
+    """Returns the tree of a structure. Classes are looked up among modules already imported, never imported by name."""
+    if structure == "*":
+        return leaves[prefix]
+    [(kind, parts)] = structure.items()
+    children = {name: rebuild(part, leaves, f"{prefix}/{name}") for name, part in parts.items()}
+    if kind == "dict":
+        return children
+    if kind == "tuple":
+        return tuple(children.values())
+    module, _, name = kind.partition(":")
+    cls = getattr(sys.modules.get(module), name, None)
+    if not (isinstance(cls, type) and issubclass(cls, tuple)):
+        raise CheckpointError(f"the checkpoint holds a {kind}, which this experiment's algorithm does not define.")
+    return cls(**children)
+
+
+def save_checkpoint(path: Path, snapshot: Snapshot) -> None:
+    """Writes a checkpoint atomically; equal snapshots give equal bytes."""
+    ids = sorted(snapshot.clients)
+    clients = trees.stack([snapshot.clients[i] for i in ids]) if ids else ()
+    tensors = {**trees.named_leaves(snapshot.server, "server"), **trees.named_leaves(clients, "clients"),
+               "client_ids": torch.tensor(ids, dtype=torch.int64)}  # fmt: skip
+    meta = {"format": FORMAT, **snapshot.meta, "server": describe(snapshot.server), "clients": describe(clients)}
+    unshared = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    write_atomic(path, save(unshared, {"fedtail": json.dumps(meta, sort_keys=True)}))
+
+
+def load_checkpoint(path: Path, fingerprint: str | None = None, device: str = "cpu") -> Snapshot:
+    """Reads a checkpoint.
+
+    Args:
+        path: the file.
+        fingerprint: of the experiment that it must belong to; None: any.
+        device: where the tensors go.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another experiment.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}. Start the run with `fedtail run`.")
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            meta = json.loads(file.metadata()["fedtail"])
+            leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged or not fedtail's ({error}). Restore it from a copy, or start the run anew "
+            "in another folder."
+        ) from error
+    if meta["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {meta['format']}, this fedtail reads {FORMAT}. Use a matching version.")
+    if fingerprint is not None and meta["experiment"] != fingerprint:
+        raise CheckpointError(
+            f"the checkpoint {path} belongs to another experiment than {path.parent / 'config.toml'}: the configuration "
+            "was changed after the run began. Restore it, or start a new run with the changed one."
+        )
+    server = rebuild(meta["server"], leaves, "server")
+    stacked = rebuild(meta["clients"], leaves, "clients")
+    ids = cast("list[int]", leaves["client_ids"].tolist())
+    return Snapshot(server, {number: trees.row(stacked, row) for row, number in enumerate(ids)}, meta)
+
+
+def environment(command: Sequence[str]) -> dict[str, Any]:
+    """Returns what a reader needs to judge and repeat a run: versions, machine, command, commit."""
+    packages = {name: version(name) for name in ("fedtail", "torch", "numpy", "safetensors")}
+    commit = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).parent
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    return {"packages": packages, "python": platform.python_version(), "platform": platform.platform(),
+            "processor": _processor(), "cores": os.cpu_count(), "command": list(command), "commit": commit}  # fmt: skip
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def create(folder: Path, experiment: config.Experiment, partition: dict[str, np.ndarray[Any, Any]],
+           snapshot: Snapshot) -> None:  # fmt: skip
+    """Makes a run folder, complete with the checkpoint of round 0, or leaves nothing.
+
+    Raises:
+        CheckpointError: the folder exists already or cannot be written.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already and is not overwritten. Continue it with `fedtail resume {folder}`, "
+                              "or choose another folder with --output.")  # fmt: skip
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise write_error(folder, error) from error
+    try:
+        write_atomic(scratch / "config.toml", config.dumps(experiment))
+        write_atomic(scratch / "environment.json", json.dumps(environment(sys.argv), indent=1))
+        with open(scratch / "partition.npz", "wb") as file:
+            np.savez_compressed(file, **partition)  # type: ignore[arg-type]
+        (scratch / "metrics.jsonl").touch()
+        (scratch / "timings.jsonl").touch()
+        save_checkpoint(scratch / "checkpoint.safetensors", snapshot)
+        scratch.chmod(0o755)
+        scratch.rename(folder)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the run folder, so that two processes never write one run; the lock ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: no lock
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(f"another process is running {folder}. Wait for it, or stop it first.") from error
+        yield
+
+
+def truncate_metrics(folder: Path, size: int) -> None:
+    """Cuts metrics.jsonl back to the bytes that the checkpoint knows of: what a killed round left behind goes."""
+    path = folder / "metrics.jsonl"
+    have = path.stat().st_size if path.exists() else 0
+    if have < size:
+        raise CheckpointError(f"{path} has {have} bytes, the checkpoint expects {size}: records are missing. "
+                              "Restore the file from a copy, or start the run anew in another folder.")  # fmt: skip
+    os.truncate(path, size)
+
+
+def log_metrics(folder: Path, record: dict[str, Any], seconds: dict[str, Any]) -> int:
+    """Appends a round's record and its timings; returns the size of metrics.jsonl."""
+    append(folder / "timings.jsonl", json.dumps(seconds) + "\n")
+    return append(folder / "metrics.jsonl", json.dumps(record) + "\n")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder, read: what reports and pictures are made of."""
+
+    folder: Path
+    config: dict[str, Any]
+    records: list[dict[str, Any]]  # metrics.jsonl
+    counts: np.ndarray[Any, Any]  # int64 [clients, classes]
+    test_counts: np.ndarray[Any, Any]  # int64 [clients, classes], the local test sets'
+    environment: dict[str, Any]
+    seconds: float  # spent in rounds
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last evaluated round's record."""
+        evaluated = [r for r in self.records if "test" in r]
+        if not evaluated:
+            raise CheckpointError(f"{self.folder} has no evaluated round yet. Continue it with `fedtail resume {self.folder}`.")
+        return evaluated[-1]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Reads JSON lines; a last line without its end is one that a killed process was writing."""
+    complete = path.read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in complete.splitlines()]
+
+
+def read(folder: str | Path) -> RunRecord:
+    """Reads a run folder.
+
+    Raises:
+        CheckpointError: it is not a run folder, or a file of it is missing or damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "config.toml").is_file():
+        raise CheckpointError(f"{folder} is not a run folder: it has no config.toml. `fedtail run` makes one.")
+    try:
+        records, timings = _lines(folder / "metrics.jsonl"), _lines(folder / "timings.jsonl")
+        with np.load(folder / "partition.npz", allow_pickle=False) as arrays:
+            counts, test_counts = arrays["counts"], arrays["test_counts"]
+        known = json.loads((folder / "environment.json").read_text())
+        table = config.to_dict(config.load(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the run folder {folder} is damaged: {error}") from error
+    return RunRecord(folder, table, records, counts, test_counts, known, sum(t["seconds"] for t in timings))
