@@ -538,6 +538,7 @@ def test_scaffold_server_rate_scales_the_step(problem):
     single = dict(problem, rounds=problem["rounds"][:1])
     full, half = (scaffold(**single, clients=4, sgd=Sgd(0.1), server_lr=rate) for rate in (1.0, 0.5))
     np.testing.assert_allclose(half.weights[0][0], (full.weights[0][0] + problem["W"]) / 2, atol=1e-14)
+    np.testing.assert_allclose(half.weights[0][1], (full.weights[0][1] + problem["b"]) / 2, atol=1e-14)
 
 
 def test_fedgrab_with_all_classes_bypassed_is_bce_fedavg(problem):

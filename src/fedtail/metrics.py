@@ -1,7 +1,7 @@
 """Metrics from confusion counts, and the rules that sort classes into shot groups (head, medium, tail).
 
-A confusion matrix is int64 [C, C], row = true class, column = predicted class. Its entries are counts, so matrices may be
-added over batches and clients before anything here is computed. What has no value (no test examples) is None.
+A confusion matrix is int64 [C, C], row = true class, column = predicted class. Its entries are counts, so matrices may
+be added over batches and clients before anything here is computed. What has no value (no test examples) is None.
 
 Source: long-tail protocol, sections 2.8 (evaluation) and 3 (shot split).
 """

@@ -48,10 +48,14 @@ ALL = [
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _seeded_on_one_thread() -> Iterator[None]:
+    """One thread, as in fedtail's workers; several would wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+    torch.set_num_threads(threads)
 
 
 def built(spec: ModelSpec, shape: tuple[int, ...] = (3, 16, 16), classes: int = 10) -> Network:

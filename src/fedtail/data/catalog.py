@@ -107,9 +107,7 @@ DIGITS_FILE = Path(__file__).with_name("digits.npz")
 _IDX = Format(formats.idx_files, formats.read_idx_folder, idx_hashes)
 _TEN_DIGITS = tuple("0123456789")
 _CIFAR_ADDRESS = "https://www.cs.toronto.edu/~kriz/"
-_CIFAR_SOURCE = (
-    "A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009; cs.toronto.edu/~kriz/cifar.html"
-)
+_CIFAR_SOURCE = "A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, technical report, 2009"
 
 _CIFAR100_CLASSES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
@@ -198,10 +196,7 @@ _ENTRIES = (
     Entry(
         name="cifar10",
         summary="60,000 photographs, 32x32 RGB, 10 classes",
-        class_names=(
-            *("airplane", "automobile", "bird", "cat", "deer"),
-            *("dog", "frog", "horse", "ship", "truck"),
-        ),
+        class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         sizes=(50_000, 10_000),
         mean=(0.49140, 0.48216, 0.44653),
         std=(0.24703, 0.24349, 0.26159),

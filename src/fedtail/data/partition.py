@@ -313,12 +313,11 @@ def local_tests(m: Ints, test_labels: Ints, rng: Generator) -> list[Ints]:
             "counts from local_test_counts",
         )
     by_class = [np.flatnonzero(test_labels == c) for c in range(classes)]
-    return [
-        np.sort(np.concatenate([rng.choice(by_class[c], row[c], replace=False) for c in range(classes)])).astype(
-            np.int64
-        )
-        for row in m
-    ]
+    tests: list[Ints] = []
+    for row in m:
+        drawn = [rng.choice(by_class[c], row[c], replace=False) for c in np.flatnonzero(row)]
+        tests.append(np.sort(np.concatenate([np.zeros(0, np.int64), *drawn])))
+    return tests
 
 
 def validation_split(labels: Ints, num_classes: int, per_class: int, rng: Generator) -> tuple[Ints, Ints]:
