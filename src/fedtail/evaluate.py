@@ -18,9 +18,15 @@ Counts = np.ndarray[Any, Any]  # int64
 
 def shot_groups(rule: GroupRule, data: FederatedData) -> ShotGroups:
     """Returns head, medium and tail of a federation under a rule, from the counts that the rule names."""
-    y = data.test["y"].numpy(force=True)
-    local = sum((np.bincount(y[t], minlength=data.num_classes) for t in data.local_tests), np.zeros(data.num_classes, int))
-    return rule.split(local if getattr(rule, "of", "train") == "local_test" else data.counts().sum(0))
+    counts = data.test_counts() if rule.counts_of == "local_test" else data.counts()
+    return rule.split(counts.sum(0))
+
+
+def local_groups(rule: GroupRule, data: FederatedData) -> list[ShotGroups] | ShotGroups:
+    """Returns each client's groups: of its own local test counts where the rule is about those (protocol section 2.8)."""
+    if rule.counts_of == "local_test":
+        return [rule.split(row) for row in data.test_counts()]
+    return shot_groups(rule, data)
 
 
 def predict_labels(
@@ -89,8 +95,9 @@ def judge(
     }  # fmt: skip
 
     def spread(found: list[Counts]) -> dict[str, Any]:
+        per_client = local_groups(rule, data)
         each = [confusion(true[t], p, classes) for t, p in zip(data.local_tests, found, strict=True)]
-        return {"test_set": "each client's matched part of the test set", **names, **client_spread(np.stack(each), groups)}
+        return {"test_set": "each client's matched part of the test set", **names, **client_spread(np.stack(each), per_client)}
 
     if local:
         scores["local"] = spread([labels[t] for t in data.local_tests])

@@ -58,6 +58,8 @@ class Foreach(PerKey):
     suffix = ""
 
     def _call(self, name: str, a: Params, *args: Any, **kwargs: Any) -> Params:
+        if not a:  # nothing is trainable
+            return a
         lists = [[arg[k] for k in a] if isinstance(arg, dict) else arg for arg in args]
         values = list(a.values())
         result = getattr(torch, f"_foreach_{name}{self.suffix}")(values, *lists, **kwargs)

@@ -61,6 +61,11 @@ class FederatedData:
         y = self.columns["y"].numpy(force=True)
         return np.stack([np.bincount(y[o], minlength=self.num_classes) for o in self.owners]).astype(np.int64)
 
+    def test_counts(self) -> Array:
+        """Returns the class counts of every client's local test set, int64 [clients, classes]."""
+        y = self.test["y"].numpy(force=True)
+        return np.stack([np.bincount(y[t], minlength=self.num_classes) for t in self.local_tests]).astype(np.int64)
+
     def prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Turns raw inputs into what the network sees: images are scaled to 0..1 and normalised by channel."""
         out = x.to(dtype, copy=True)
