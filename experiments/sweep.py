@@ -33,7 +33,10 @@ def start(file: Path, seed: int, output: Path) -> str | None:
     begin = time.perf_counter()
     command = [sys.executable, __file__, "--one", str(file), str(seed), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
-    print(f"{folder.name}: {'done' if done.returncode == 0 else 'FAILED'} in {time.perf_counter() - begin:.0f} s", flush=True)
+    print(
+        f"{folder.name}: {'done' if done.returncode == 0 else 'FAILED'} in {time.perf_counter() - begin:.0f} s",
+        flush=True,
+    )
     return None if done.returncode == 0 else f"{folder.name}: {done.stderr.strip().splitlines()[-1]}"
 
 

@@ -43,7 +43,7 @@ class Phase(NamedTuple):
 class Round(NamedTuple):
     """What a whole cohort shares: plain Python values, so branching on them is fine."""
 
-    index: int  # 0-based
+    index: int  # 0-based  # pyright: ignore[reportIncompatibleMethodOverride]
     phase: Phase
     cohort: int  # number of clients that were asked
     population: int  # number of clients in the federation
@@ -55,7 +55,7 @@ class Round(NamedTuple):
 class Client(NamedTuple):
     """What an algorithm may know of a client; known before training, because the plan is."""
 
-    index: Tensor  # () int64, stable in the population
+    index: Tensor  # () int64, stable in the population  # pyright: ignore[reportIncompatibleMethodOverride]
     examples: Tensor  # () float, number of training examples
     counts: Tensor  # (classes,) float, the client's own class counts
     steps: Tensor  # () float, local steps of this phase
@@ -196,16 +196,6 @@ class Algorithm(ABC):
     def diagnostics(self, ctx: Context, server: Any) -> Metrics:
         """Returns what the server can report of itself after a round (an estimated prior, a dual variable)."""
         return {}
-
-
-def server_context(task: Worker, round: Round, constants: Tree) -> Context:
-    """Returns the context of a call on the server."""
-    return Context(task, round, constants, None)
-
-
-def no_grad_clone(variables: Variables) -> Variables:
-    """Returns variables that own their memory."""
-    return Variables(*({k: v.detach().clone() for k, v in part.items()} for part in variables))
 
 
 def as_tensor(array: np.ndarray[Any, Any], dtype: torch.dtype, device: torch.device) -> Tensor:

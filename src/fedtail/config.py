@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -68,7 +68,9 @@ class Participation:
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1 or self.clients < 0:
-            raise ConfigError(f"participation: fraction must be in (0, 1] and clients >= 0, got {self.fraction} and {self.clients}.")
+            raise ConfigError(
+                f"participation: fraction must be in (0, 1] and clients >= 0, got {self.fraction} and {self.clients}."
+            )
 
     def size(self, population: int) -> int:
         """Returns the cohort's size."""
@@ -131,7 +133,9 @@ class Experiment:
             raise ConfigError("seed must be >= 0, rounds and checkpoint_every >= 1; "
                               f"got {self.seed}, {self.rounds}, {self.checkpoint_every}.")  # fmt: skip
         if self.evaluation.keep == "best" and not self.data.validation:
-            raise ConfigError('evaluation.keep = "best" needs a validation split: set data.validation (images per class).')
+            raise ConfigError(
+                'evaluation.keep = "best" needs a validation split: set data.validation (images per class).'
+            )
 
 
 REGISTRIES: dict[type, Mapping[str, Any]] = {
@@ -157,7 +161,8 @@ def resolve(base: type, name: str) -> type:
         return target
     if base is Algorithm and ".py:" in name:
         return user_class(name)
-    what = {ModelSpec: "model", LongTail: "longtail", GroupRule: "groups"}.get(base, base.__name__.lower())
+    words: dict[type, str] = {ModelSpec: "model", LongTail: "longtail", GroupRule: "groups"}
+    what = words.get(base, base.__name__.lower())
     hint = did_you_mean(name, registry)
     raise ConfigError(f"unknown {what} {name!r}{hint} Known are {', '.join(registry)}.")
 
@@ -248,11 +253,11 @@ def from_dict(cls: type, table: Mapping[str, Any], where: str = "") -> Any:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     """Checks and converts one plain value to a field's type."""
-    if hint in REGISTRIES or dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and (hint in REGISTRIES or dataclasses.is_dataclass(hint)):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} must be a table, got {value!r}.")
         return from_dict(hint, value, where)
-    origin, arguments = getattr(hint, "__origin__", None), getattr(hint, "__args__", ())
+    origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{where} must be one of {', '.join(map(repr, arguments))}; got {value!r}.")
@@ -263,13 +268,13 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(arguments[0], v, where) for v in value)
     if origin is list and isinstance(value, list | tuple):
         return [_value(arguments[0], v, where) for v in value]
-    options = [a for a in arguments if a is not type(None)] if type(None) in arguments else [hint]
-    accepted = {float: (int, float)}.get(options[0], options[0])
     if hint is Any:
         return value
-    if (isinstance(value, bool) and options[0] is not bool) or not isinstance(value, accepted):
-        raise ConfigError(f"{where} must be a {getattr(options[0], '__name__', options[0])}, got {value!r}.")
-    return float(value) if options[0] is float else value
+    kind: type = next(a for a in (*arguments, hint) if a is not type(None))  # of "int | None": int
+    accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    if (isinstance(value, bool) and kind is not bool) or not isinstance(value, accepted):
+        raise ConfigError(f"{where} must be a {kind.__name__}, got {value!r}.")
+    return float(value) if kind is float else value
 
 
 def load(path: str | Path) -> Experiment:
@@ -299,10 +304,38 @@ def merged(default: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, An
     out = dict(default)
     for key, value in table.items():
         below = default.get(key)
-        other = isinstance(value, Mapping) and "name" in value and key != "data"
+        other = isinstance(value, Mapping) and "name" in value and key not in ("data", "engine")
         nested = isinstance(value, Mapping) and isinstance(below, Mapping) and not other
         out[key] = merged(below, value) if nested else value  # type: ignore[arg-type]
     return out
+
+
+def pick_names(table: dict[str, Any], arguments: list[str]) -> list[str]:
+    """Takes `--algorithm.name fedprox` and its like out of command-line arguments and applies them to a table.
+
+    Options that the old and the new class share by name and that hold other classes (an algorithm's optimizer) are kept.
+
+    Returns:
+        The remaining arguments.
+    """
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        path = flag.removeprefix("--").split(".")
+        node: Any = table
+        for key in path[:-1]:
+            node = node.get(key) if isinstance(node, dict) else None
+        polymorphic = isinstance(node, dict) and "name" in node and path[:-1] != ["data"] and path[:-1] != ["engine"]
+        if not (flag.startswith("--") and path[-1] == "name" and polymorphic):
+            rest.append(word)
+            continue
+        name = value if equals else next(words, "")
+        if name != node["name"]:
+            kept = {k: v for k, v in node.items() if isinstance(v, dict)}
+            node.clear()
+            node.update({"name": name, **kept})
+    return rest
 
 
 def dumps(experiment: Experiment) -> str:
@@ -313,5 +346,3 @@ def dumps(experiment: Experiment) -> str:
 def fingerprint(experiment: Experiment) -> str:
     """Returns a hash of everything that determines the run."""
     return hashlib.sha256(json.dumps(to_dict(experiment), sort_keys=True).encode()).hexdigest()
-
-

@@ -1,18 +1,22 @@
 """Judging a model: predictions become confusion counts, and every reported number comes from sums of those."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedtail.algorithm import Algorithm, Client, Context, Round
+from fedtail.algorithm import Client, Context, Round
+from fedtail.config import Evaluation
 from fedtail.data.federated import FederatedData
 from fedtail.engines.base import Engine
+from fedtail.errors import ConfigError
 from fedtail.metrics import GroupRule, ShotGroups, client_spread, from_confusion
 from fedtail.task import Worker
 from fedtail.trees import Tree
 
+Split = Literal["all", "test", "validation", "train"]
 Counts = np.ndarray[Any, Any]  # int64
 
 
@@ -29,84 +33,97 @@ def local_groups(rule: GroupRule, data: FederatedData) -> list[ShotGroups] | Sho
     return shot_groups(rule, data)
 
 
-def predict_labels(
-    engine: Engine, algorithm: Algorithm, round: Round, constants: Tree, message: Tree, x: Tensor, batch: int
-) -> Counts:
-    """Returns the generic model's labels for raw inputs x, int64 (n,)."""
-    data, dtype = engine.setting.data, engine.setting.task.dtype
-
-    def one(worker: Worker, part: Tensor) -> Tensor:
-        with torch.no_grad():
-            ctx = Context(worker, round, constants, None)
-            return algorithm.predict(ctx, message, None, data.prepare(part, dtype)).argmax(1)
-
-    return torch.cat(engine.map_batches(one, x.split(batch))).numpy(force=True)
-
-
-def predict_personal(
-    engine: Engine, algorithm: Algorithm, round: Round, constants: Tree, message: Tree, states: dict[int, Tree], batch: int
-) -> list[Counts]:
-    """Returns each client's own model's labels for its local test set."""
-    setting = engine.setting
-    data, dtype, device = setting.data, setting.task.dtype, setting.task.device
-
-    def one(worker: Worker, number: int) -> Counts:
-        rows = torch.from_numpy(data.local_tests[number]).to(device)
-        counts = torch.from_numpy(setting.counts[number]).to(device, dtype)
-        client = Client(torch.tensor(number, device=device), counts.sum(), counts, torch.zeros((), dtype=dtype))
-        ctx = Context(worker, round, constants, client)
-        with torch.no_grad():
-            state = setting.state(ctx, message, states, number)
-            parts = [data.prepare(part, dtype) for part in data.test["x"][rows].split(batch)]
-            labels = [algorithm.predict(ctx, message, state, part).argmax(1) for part in parts]
-        return torch.cat(labels).numpy(force=True) if labels else np.zeros(0, np.int64)
-
-    return engine.map_batches(one, range(data.clients))
-
-
 def confusion(true: Counts, predicted: Counts, classes: int) -> Counts:
     """Returns counts [classes, classes]: row = true class, column = predicted class."""
     return np.bincount(true * classes + predicted, minlength=classes * classes).reshape(classes, classes)
 
 
-def judge(
-    engine: Engine,
-    algorithm: Algorithm,
-    round: Round,
-    constants: Tree,
-    message: Tree,
-    states: dict[int, Tree],
-    rule: GroupRule,
-    groups: ShotGroups,
-    local: bool,
-    batch: int,
-) -> dict[str, Any]:
-    """Returns a round's scores: "test", and "local", "personal" and "validation" where they apply.
+@dataclass(frozen=True)
+class Judge:
+    """One model (a message and the clients' states), judged on whatever the engine runs on."""
 
-    Each entry names its test set and its rule for the shot groups.
-    """
-    data, classes = engine.setting.data, engine.setting.data.num_classes
-    true = data.test["y"].numpy(force=True)
-    labels = predict_labels(engine, algorithm, round, constants, message, data.test["x"], batch)
-    names = {"groups": rule.describe()}
-    scores: dict[str, Any] = {
-        "test": {"test_set": f"global test set, {len(true)} examples", **names,
-                 **from_confusion(confusion(true, labels, classes), groups)}
-    }  # fmt: skip
+    engine: Engine
+    round: Round
+    constants: Tree
+    message: Tree
+    states: dict[int, Tree]
+    options: Evaluation
 
-    def spread(found: list[Counts]) -> dict[str, Any]:
-        per_client = local_groups(rule, data)
-        each = [confusion(true[t], p, classes) for t, p in zip(data.local_tests, found, strict=True)]
-        return {"test_set": "each client's matched part of the test set", **names, **client_spread(np.stack(each), per_client)}
+    def scores(self, split: Split) -> dict[str, Any]:
+        """Returns the scores of a split by name; each names its test set and its rule for the shot groups.
 
-    if local:
-        scores["local"] = spread([labels[t] for t in data.local_tests])
-        if algorithm.personal:
-            scores["personal"] = spread(predict_personal(engine, algorithm, round, constants, message, states, batch))
-    if len(data.validation):
-        rows = torch.from_numpy(data.validation)
-        kept = data.columns["y"][rows].numpy(force=True)
-        found = predict_labels(engine, algorithm, round, constants, message, data.columns["x"][rows], batch)
-        scores["validation"] = {"test_set": f"validation split, {len(kept)} examples", **names,
-                                **from_confusion(confusion(kept, found, classes), groups)}  # fmt: skip
-    return scores
+        "test" brings "local" (each client's matched part of the test set) and, for methods with personal models,
+        "personal" (the same sets, each client's own model). "all" is test, and validation where there is one.
+        """
+        data = self.engine.setting.data
+        if split == "validation" and not len(data.validation):
+            raise ConfigError("this experiment has no validation split: set data.validation (images per class).")
+        found: dict[str, Any] = {}
+        if split in ("all", "test"):
+            found.update(self._test())
+        if split in ("all", "validation") and len(data.validation):
+            found["validation"] = self._rows("validation split", data.validation)
+        if split == "train":
+            found["train"] = self._rows("training examples of all clients", np.concatenate(list(data.owners)))
+        return found
+
+    def _test(self) -> dict[str, Any]:
+        data, rule, algorithm = self.engine.setting.data, self.options.groups, self.engine.setting.algorithm
+        true = data.test["y"].numpy(force=True)
+        labels = self.generic(data.test["x"])
+        found = {"test": self._global(f"global test set, {len(true)} examples", true, labels)}
+        if self.options.local:
+            groups = local_groups(rule, data)
+            sets = {"local": [labels[rows] for rows in data.local_tests]}
+            if algorithm.personal:
+                sets["personal"] = self.personal()
+            for name, each in sets.items():
+                pairs = zip(data.local_tests, each, strict=True)
+                counts = np.stack([confusion(true[rows], p, data.num_classes) for rows, p in pairs])
+                found[name] = {"test_set": "each client's matched part of the test set", "groups": rule.describe(),
+                               **client_spread(counts, groups)}  # fmt: skip
+        return found
+
+    def _rows(self, what: str, rows: Counts) -> dict[str, Any]:
+        columns = self.engine.setting.data.columns
+        index = torch.from_numpy(rows)
+        return self._global(f"{what}, {len(rows)} examples", columns["y"][index].numpy(force=True),
+                            self.generic(columns["x"][index]))  # fmt: skip
+
+    def _global(self, what: str, true: Counts, labels: Counts) -> dict[str, Any]:
+        data, rule = self.engine.setting.data, self.options.groups
+        counts = confusion(true, labels, data.num_classes)
+        return {"test_set": what, "groups": rule.describe(), **from_confusion(counts, shot_groups(rule, data))}
+
+    def generic(self, x: Tensor) -> Counts:
+        """Returns the generic model's labels for raw inputs x [n, ...], int64 (n,)."""
+        setting = self.engine.setting
+
+        def one(worker: Worker, part: Tensor) -> Tensor:
+            with torch.no_grad():
+                ctx = Context(worker, self.round, self.constants, None)
+                x = setting.data.prepare(part, setting.task.dtype)
+                return setting.algorithm.predict(ctx, self.message, None, x).argmax(1)
+
+        return torch.cat(self.engine.map_batches(one, x.split(self.options.batch_size))).numpy(force=True)
+
+    def personal(self) -> list[Counts]:
+        """Returns each client's own model's labels for its local test set."""
+        setting = self.engine.setting
+        data, dtype, device = setting.data, setting.task.dtype, setting.task.device
+
+        def one(worker: Worker, number: int) -> Counts:
+            rows = torch.from_numpy(data.local_tests[number]).to(device)
+            counts = torch.from_numpy(setting.counts[number]).to(device, dtype)
+            client = Client(torch.tensor(number, device=device), counts.sum(), counts, torch.zeros_like(counts[0]))
+            ctx = Context(worker, self.round, self.constants, client)
+            with torch.no_grad():
+                state = setting.state(ctx, self.message, self.states, number)
+                parts = data.test["x"][rows].split(self.options.batch_size)
+                labels = [
+                    setting.algorithm.predict(ctx, self.message, state, data.prepare(part, dtype)).argmax(1)
+                    for part in parts
+                ]
+            return torch.cat(labels).numpy(force=True)
+
+        return self.engine.map_batches(one, range(data.clients))

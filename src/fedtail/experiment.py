@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from fedtail.data.plan import make_plan
 from fedtail.engines import choose, make_engine
 from fedtail.engines.base import Engine, Setting, Sink
 from fedtail.errors import CheckpointError, ConfigError, FedtailError, TrainingError
-from fedtail.evaluate import judge, shot_groups
+from fedtail.evaluate import Judge, Split, shot_groups
 from fedtail.federation import federate, make_task
 from fedtail.seeds import Stream, generator
 from fedtail.task import Variables
@@ -37,7 +37,7 @@ log = logging.getLogger("fedtail")
 class RoundResult(NamedTuple):
     """What a round yields."""
 
-    index: int  # 0-based
+    index: int  # 0-based  # pyright: ignore[reportIncompatibleMethodOverride]
     rounds: int
     record: dict[str, Any]  # what metrics.jsonl gets
     server: Tree
@@ -45,7 +45,7 @@ class RoundResult(NamedTuple):
 
 
 @contextlib.contextmanager
-def blame(method: str) -> Iterator[None]:
+def blame(method: str) -> Generator[None]:
     """Names the server method of the algorithm in which an unexpected error arose."""
     try:
         yield
@@ -74,7 +74,7 @@ class Federation:
             options = dataclasses.replace(options, name=name)
         self.experiment = dataclasses.replace(experiment, engine=options)
         self.algorithm = experiment.algorithm
-        self.groups = shot_groups(experiment.evaluation.groups, self.data)
+        shot_groups(experiment.evaluation.groups, self.data)  # a rule that does not fit is refused before training
         self.round, self.stage, self.best = 0, 0, -1.0
         self.states: dict[int, Tree] = {}
         self.constants = self.algorithm.constants(self.task, generator(experiment.seed, Stream.CONSTANTS))
@@ -182,13 +182,13 @@ class Federation:
             start += n
         return plain(sums)
 
-    def score(self) -> dict[str, Any]:
-        """Judges the present model."""
-        options, ctx = self.experiment.evaluation, self.context(cohort=self.cohort_size)
+    def score(self, split: Split = "all") -> dict[str, Any]:
+        """Judges the present model on a split; "all" is what a round is judged on: test and validation."""
+        ctx = self.context(cohort=self.cohort_size)
         with torch.no_grad():
             message = self.algorithm.broadcast(ctx, self.server)
-        return judge(self.engine, self.algorithm, ctx.round, self.constants, message, self.states,
-                     options.groups, self.groups, options.local, options.batch_size)  # fmt: skip
+        judge = Judge(self.engine, ctx.round, self.constants, message, self.states, self.experiment.evaluation)
+        return judge.scores(split)
 
     def advance(self, record: dict[str, Any]) -> None:
         """Lets the algorithm move between rounds, then counts the round."""
@@ -245,7 +245,11 @@ def run(experiment: Experiment, folder: str | Path | None = None) -> Iterator[Ro
         ...     print(result.index, sorted(result.record["test"])[:2])
         0 ['accuracy', 'balanced_accuracy']
     """
-    federation = Federation(experiment)
+    return start(Federation(experiment), folder)
+
+
+def start(federation: Federation, folder: str | Path | None) -> Iterator[RoundResult]:
+    """Makes the run folder of a new federation and returns its rounds."""
     path = None if folder is None else Path(folder)
     if path is not None:
         try:
@@ -253,7 +257,7 @@ def run(experiment: Experiment, folder: str | Path | None = None) -> Iterator[Ro
         except BaseException:
             federation.close()
             raise
-    return _rounds(federation, path)
+    return rounds_of(federation, path)
 
 
 def resume(folder: str | Path) -> Iterator[RoundResult]:
@@ -262,9 +266,7 @@ def resume(folder: str | Path) -> Iterator[RoundResult]:
     Raises:
         CheckpointError: no run, a damaged checkpoint, or one of another experiment.
     """
-    path = Path(folder)
-    federation = reopen(path)
-    return _rounds(federation, path)
+    return rounds_of(reopen(folder), Path(folder))
 
 
 def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
@@ -273,7 +275,9 @@ def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
     if not (path / "config.toml").is_file():
         raise CheckpointError(f"{path} is not a run folder: it has no config.toml. `fedtail run` makes one.")
     experiment = config.load(path)
-    snapshot = runs.load_checkpoint(path / f"{checkpoint}.safetensors", config.fingerprint(experiment), experiment.device)
+    snapshot = runs.load_checkpoint(
+        path / f"{checkpoint}.safetensors", config.fingerprint(experiment), experiment.device
+    )
     federation = Federation(experiment)
     federation.restore(snapshot)
     return federation
@@ -292,7 +296,8 @@ def load(folder: str | Path, client: int | None = None, checkpoint: str = "check
     return federation.module(client)
 
 
-def _rounds(federation: Federation, path: Path | None) -> Iterator[RoundResult]:
+def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult]:
+    """Yields the federation's remaining rounds, keeping each in the run folder."""
     experiment = federation.experiment
     with contextlib.closing(federation), runs.locked(path) if path else contextlib.nullcontext():
         size = 0
@@ -323,8 +328,3 @@ def _keep(federation: Federation, path: Path, record: dict[str, Any], size: int,
             runs.save_checkpoint(path / "best.safetensors", federation.snapshot(size))
     if last or federation.round % experiment.checkpoint_every == 0:
         runs.save_checkpoint(path / "checkpoint.safetensors", federation.snapshot(size))
-
-
-def count_steps(federation: Federation, ids: Sequence[int]) -> int:
-    """Returns the local steps of these clients in one training phase."""
-    return sum(len(federation.experiment.local.lengths(len(federation.data.owners[i]))) for i in ids)

@@ -63,7 +63,7 @@ def make_task(experiment: Experiment, data: FederatedData) -> Task:
     """
     device = experiment.device
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r} is not available: torch {torch.__version__} sees no GPU. Use device = \"cpu\".")  # fmt: skip
+        raise ConfigError(f"device {device!r}: torch {torch.__version__} sees no GPU. Use device = 'cpu'.")
     shape = tuple(data.columns["x"].shape[1:])
     return build_task(
         lambda: experiment.model.build(shape, data.num_classes), data.num_classes, shape,

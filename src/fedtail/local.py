@@ -21,7 +21,9 @@ class Local(NamedTuple):
     extra: Tree  # whatever else the method advances batch by batch, () if nothing
 
 
-def start(optimizer: Optimizer, variables: Variables, extra: Tree = (), trainable: Iterable[str] | None = None) -> Local:
+def start(
+    optimizer: Optimizer, variables: Variables, extra: Tree = (), trainable: Iterable[str] | None = None
+) -> Local:
     """Returns a local state with a fresh optimizer over the trainable names (None: all)."""
     params = variables.params if trainable is None else {name: variables.params[name] for name in trainable}
     return Local(variables, optimizer.init(params), extra)

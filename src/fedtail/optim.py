@@ -209,7 +209,9 @@ class Adam(Optimizer):
         """Returns zero moments."""
         like = next(iter(params.values()))
         zeros = {k: torch.zeros_like(v) for k, v in params.items()}
-        return AdamState(torch.zeros((), dtype=like.dtype, device=like.device), zeros, {k: v.clone() for k, v in zeros.items()})
+        return AdamState(
+            torch.zeros((), dtype=like.dtype, device=like.device), zeros, {k: v.clone() for k, v in zeros.items()}
+        )
 
     def update(
         self, ops: PerKey, grads: Params, state: AdamState, params: Params, scale: float = 1.0

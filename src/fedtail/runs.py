@@ -1,11 +1,11 @@
 """The run folder: everything that a run leaves, readable without fedtail.
 
-    config.toml               the resolved experiment
-    environment.json          versions, machine, command
-    partition.npz             who holds what: offsets [clients + 1], examples, counts [clients, classes], test_counts
-    metrics.jsonl             one record a round; the same seed gives the same bytes
-    timings.jsonl             seconds a round; not reproducible, therefore apart
-    checkpoint.safetensors    the latest state; best.safetensors: by validation score
+config.toml               the resolved experiment
+environment.json          versions, machine, command
+partition.npz             who holds what: offsets [clients + 1], examples, counts [clients, classes], test_counts
+metrics.jsonl             one record a round; the same seed gives the same bytes
+timings.jsonl             seconds a round; not reproducible, therefore apart
+checkpoint.safetensors    the latest state; best.safetensors: by validation score
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -105,7 +105,9 @@ def load_checkpoint(path: Path, fingerprint: str | None = None, device: str = "c
             "in another folder."
         ) from error
     if meta["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {meta['format']}, this fedtail reads {FORMAT}. Use a matching version.")
+        raise CheckpointError(
+            f"{path} has format {meta['format']}, this fedtail reads {FORMAT}. Use a matching version."
+        )
     if fingerprint is not None and meta["experiment"] != fingerprint:
         raise CheckpointError(
             f"the checkpoint {path} belongs to another experiment than {path.parent / 'config.toml'}: the configuration "
@@ -170,7 +172,7 @@ def create(folder: Path, experiment: config.Experiment, partition: dict[str, np.
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Generator[None]:
     """Holds the run folder, so that two processes never write one run; the lock ends with the process."""
     try:
         import fcntl
@@ -218,7 +220,9 @@ class RunRecord:
         """The last evaluated round's record."""
         evaluated = [r for r in self.records if "test" in r]
         if not evaluated:
-            raise CheckpointError(f"{self.folder} has no evaluated round yet. Continue it with `fedtail resume {self.folder}`.")
+            raise CheckpointError(
+                f"{self.folder} has no evaluated round yet. Continue it with `fedtail resume {self.folder}`."
+            )
         return evaluated[-1]
 
 

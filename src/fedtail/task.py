@@ -60,9 +60,13 @@ class Task:
     initial: Variables
     num_classes: int
     input_shape: tuple[int, ...]
-    classifier: str | None  # the last linear layer's name: parameters f"{classifier}.weight" [classes, d] and .bias [classes]
+    classifier: (
+        str | None
+    )  # the last linear layer's name: parameters f"{classifier}.weight" [classes, d] and .bias [classes]
     stages: tuple[tuple[str, ...], ...]  # parameter names in groups from input to output
-    dropout: Mapping[str, tuple[tuple[int, ...], float]]  # layer name -> (shape of one example, probability of dropping)
+    dropout: Mapping[
+        str, tuple[tuple[int, ...], float]
+    ]  # layer name -> (shape of one example, probability of dropping)
     batch_statistics: bool  # a layer (BatchNorm) computes statistics over the batch
     dtype: torch.dtype
     device: torch.device
@@ -115,8 +119,8 @@ def build_task(
                           "which fedtail cannot exchange. Use a convolutional, dense or attention model.")  # fmt: skip
     dropout = _probe(module, num_classes, input_shape, dtype)
     names = [name for name, _ in module.named_parameters()]
-    stages = getattr(module, "stages", None)
-    groups = stages() if callable(stages) else [[n] for n in names]
+    stages: Any = getattr(module, "stages", None)
+    groups: Any = stages() if callable(stages) else [[n] for n in names]
     module = module.to(device)
     initial = Variables(
         {n: p.detach().clone() for n, p in module.named_parameters()}, {n: b.clone() for n, b in module.named_buffers()}
@@ -137,7 +141,7 @@ def _probe(
     shapes: dict[str, tuple[tuple[int, ...], float]] = {}
     hooks = [
         layer.register_forward_hook(
-            lambda layer, inputs, _, name=name: shapes.__setitem__(name, (tuple(inputs[0].shape[1:]), layer.p))
+            lambda _, inputs, __, name=name, p=layer.p: shapes.__setitem__(name, (tuple(inputs[0].shape[1:]), p))
         )
         for name, layer in module.named_modules()
         if isinstance(layer, Dropout)
@@ -153,7 +157,9 @@ def _probe(
             hook.remove()
     if not isinstance(out, Tensor) or tuple(out.shape) != (2, num_classes):
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ConfigError(f"model: {type(module).__name__} must return logits [batch, {num_classes}], got {got} for a batch of 2.")
+        raise ConfigError(
+            f"model: {type(module).__name__} must return logits [batch, {num_classes}], got {got} for a batch of 2."
+        )
     return shapes
 
 
@@ -245,7 +251,9 @@ class Worker:
 
     def _own(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Makes gradients fit to be overwritten: autograd may return one tensor twice, or an expanded view."""
-        if not self.donate or len({g.data_ptr() for g in grads}) == len(grads) and all(g.is_contiguous() for g in grads):
+        if not self.donate or (
+            len({g.data_ptr() for g in grads}) == len(grads) and all(g.is_contiguous() for g in grads)
+        ):
             return grads
         return tuple(g.clone(memory_format=torch.contiguous_format) for g in grads)
 

@@ -29,8 +29,9 @@ def problem():
 
 def experiment(algorithm, **changes):
     values = dict(
-        rounds=ROUNDS, algorithm=algorithm, model=MLP(hidden=()), local=LocalWork(epochs=3, batch_size=4), dtype="float64",
-        engine=EngineOptions(name="loop"), data=Data(), evaluation=Evaluation(local=False), schedule=StepDecay(every=2, factor=0.5),
+        rounds=ROUNDS, algorithm=algorithm, model=MLP(hidden=()), local=LocalWork(epochs=3, batch_size=4), 
+        dtype="float64", engine=EngineOptions(name="loop"), data=Data(), evaluation=Evaluation(local=False),
+        schedule=StepDecay(every=2, factor=0.5),
     )  # fmt: skip
     return Experiment(**{**values, **changes})
 
@@ -81,7 +82,9 @@ def test_fedavg_and_fedprox(momentum, weight_decay, clip):
 @pytest.mark.parametrize("clients", [4, 2])
 def test_scaffold_with_its_control_variates(momentum, clients):
     changes = {"participation": Participation(clients=clients), "schedule": StepDecay(every=2, factor=0.5)}
-    start, x, y, rounds, sizes, weights, _, federation = library(Scaffold(optimizer=SGD(lr=0.2, momentum=momentum)), **changes)
+    start, x, y, rounds, sizes, weights, _, federation = library(
+        Scaffold(optimizer=SGD(lr=0.2, momentum=momentum)), **changes
+    )
     oracle = rounds_oracle.scaffold(*start, x, y, rounds, len(sizes), rounds_oracle.Sgd(RATES, momentum))
     close(weights, oracle.weights)
     control = federation.server.control

@@ -1,4 +1,4 @@
-"""FedAvg.
+"""FedAvg: local SGD, then the mean of the models weighted by examples.
 
 McMahan, Moore, Ramage, Hampson and Aguera y Arcas, "Communication-Efficient Learning of Deep Networks from Decentralized
 Data", AISTATS 2017 (arXiv 1602.05629), Algorithm 1.

@@ -89,22 +89,23 @@ def gate(prior: Tensor, rule: str, base: float) -> Gate:
     "rank": q = base^(rank / (C - 1)); "sets": the classes that make up the first 95 % of the prior are closed;
     "sets+rank": the same, and "rank" within the rest; "ratio": q = prior / max prior; "none": q = 0.
     """
-    classes = len(prior)
+    classes, tiny = len(prior), torch.finfo(prior.dtype).tiny
     order = torch.argsort(prior, descending=True, stable=True)
     rank = torch.argsort(order)
     known, zero = prior.sum() > 0, torch.zeros_like(prior)
-    bypass, closed = zero, torch.zeros_like(prior, dtype=torch.bool)
-    if rule.startswith("sets"):
-        share = prior[order].cumsum(0) / prior.sum().clamp(min=torch.finfo(prior.dtype).tiny)
-        first = (share < 0.95 - 1e-9).sum() + 1  # rank of the first tail class
-        closed = (rank < first) & known
-    if rule == "rank":
-        bypass = base ** (rank / max(classes - 1, 1)) if classes > 1 else torch.ones_like(prior)
-    elif rule == "sets+rank":
-        size = classes - first  # type: ignore[reportPossiblyUnboundVariable]
-        bypass = torch.where(size > 1, base ** ((rank - first) / (size - 1).clamp(min=1)), 1.0).clamp(max=1.0)
-    elif rule == "ratio":
-        bypass = prior / prior.max().clamp(min=torch.finfo(prior.dtype).tiny)
+    share = prior[order].cumsum(0) / prior.sum().clamp(min=tiny)
+    tail = (
+        share < 0.95 - 1e-9
+    ).sum() + 1  # rank of the first tail class (1e-9: sums that should be .95 may be below it)
+    start = tail if rule == "sets+rank" else torch.zeros_like(tail)
+    closed = (rank < tail) & known & rule.startswith("sets")
+    if rule in (
+        "rank",
+        "sets+rank",
+    ):  # base^(position / (size - 1)) among the classes from `start` on; 1 for a single one
+        bypass = base ** ((rank - start).clamp(min=0) / (classes - 1 - start).clamp(min=1))
+    else:
+        bypass = prior / prior.max().clamp(min=tiny) if rule == "ratio" else zero
     return Gate(torch.where(known, bypass.to(prior.dtype), zero), closed)
 
 
@@ -150,7 +151,9 @@ class FedGraB(Algorithm):
 
     def __post_init__(self) -> None:
         if not (self.top > 1 and self.slope > 0 and self.limit >= 0):
-            raise ConfigError(f"FedGraB needs top > 1, slope > 0, limit >= 0; got {self.top}, {self.slope}, {self.limit}.")
+            raise ConfigError(
+                f"FedGraB needs top > 1, slope > 0, limit >= 0; got {self.top}, {self.slope}, {self.limit}."
+            )
         if not (0 < self.gate_base <= 1 and self.warm >= 0 and self.freeze_prior >= 0):
             raise ConfigError("FedGraB needs gate_base in (0, 1], warm >= 0 and freeze_prior >= 0; "
                               f"got {self.gate_base}, {self.warm}, {self.freeze_prior}.")  # fmt: skip

@@ -1,4 +1,4 @@
-"""FedProx.
+"""FedProx: FedAvg with a proximal term that holds the local models near the broadcast one.
 
 Li, Sahu, Zaheer, Sanjabi, Talwalkar and Smith, "Federated Optimization in Heterogeneous Networks", MLSys 2020
 (arXiv 1812.06127), Algorithm 2.

@@ -1,4 +1,4 @@
-"""SCAFFOLD.
+"""SCAFFOLD: control variates that correct each local gradient for the client's drift.
 
 Karimireddy, Kale, Mohri, Reddi, Stich and Suresh, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
 ICML 2020 (arXiv 1910.06378), Algorithm 1, option II.
@@ -40,15 +40,13 @@ class Controlled(NamedTuple):
 class Scaffold(Algorithm):
     """Control variates that correct each local gradient for the client's drift."""
 
-    optimizer: SGD = SGD()
-    """Plain SGD, with or without momentum: the control variates are defined for no other optimizer."""
     server_lr: float = 1.0
     """Step of the server along the mean change, > 0; 1 is the paper's experiments'."""
 
     def __post_init__(self) -> None:
         if not self.server_lr > 0:
             raise ConfigError(f"Scaffold.server_lr must be > 0, got {self.server_lr}.")
-        if not isinstance(self.optimizer, SGD) or self.optimizer.nesterov:
+        if not isinstance(self.optimizer, SGD) or self.optimizer.nesterov:  # no other has defined control variates
             raise ConfigError(f"Scaffold.optimizer must be sgd without nesterov, got {self.optimizer}.")
 
     def init_server(self, ctx: Context, rng: np.random.Generator) -> Controlled:
@@ -79,6 +77,7 @@ class Scaffold(Algorithm):
 
     def local_final(self, ctx: Context, message: Controlled, client: Params, local: Local) -> tuple[Controlled, Params]:
         """Sends both changes; keeps c_k+."""
+        assert isinstance(self.optimizer, SGD)
         tau, rho = ctx.here.steps, self.optimizer.momentum
         effective = (tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho)  # a_k
         change = delta(message.model, local.variables)

@@ -74,8 +74,9 @@ def run_client(
     except FedtailError:
         raise
     except Exception as error:
-        remedy = ("Set local.min_batch = 2 to leave such batches out, or use a model with norm = \"group\"."
-                  if "more than 1 value per channel" in str(error) else "Re-run with engine.name = \"loop\" to step through it.")  # fmt: skip
+        remedy = 'Re-run with engine.name = "loop" to step through it.'
+        if "more than 1 value per channel" in str(error):  # BatchNorm and a batch of one
+            remedy = 'Set local.min_batch = 2 to leave such batches out, or use a model with norm = "group".'
         where = f" at step {step} " if stage == "local_step" else " "
         raise TrainingError(
             f"Client {number} failed in {stage}{where}of round {round.index}: {type(error).__name__}: {error} {remedy}"

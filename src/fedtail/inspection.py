@@ -1,0 +1,102 @@
+"""What an experiment is, before anything is trained: who holds what, what a round costs, which engine will run it."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedtail import trees
+from fedtail.config import Experiment, name_of
+from fedtail.data.statistics import describe
+from fedtail.evaluate import shot_groups
+from fedtail.experiment import Federation
+
+
+def inspect(experiment: Experiment) -> dict[str, Any]:
+    """Returns the facts as plain values, fit for JSON.
+
+    Raises:
+        FedtailError: the experiment cannot be run; the message is the one that `fedtail run` would give.
+    """
+    federation = Federation(experiment)
+    federation.close()
+    data, work = federation.data, experiment.local
+    counts = data.counts()
+    steps = [len(work.lengths(len(owned))) for owned in data.owners]
+    groups = shot_groups(experiment.evaluation.groups, data)
+    model = trees.num_bytes(federation.task.initial)
+    message = trees.num_bytes(federation.algorithm.broadcast(federation.context(), federation.server))
+    workers = experiment.engine.cores() if federation.experiment.engine.name == "parallel" else 1
+    stacked = (
+        min(experiment.engine.chunk, federation.cohort_size) if federation.experiment.engine.name == "vmap" else workers
+    )
+    columns = sum(c.numel() * c.element_size() for c in (*data.columns.values(), *data.test.values()))
+    return {
+        "algorithm": name_of(experiment.algorithm),
+        "sources": list(data.sources),
+        "clients": data.clients,
+        "cohort": federation.cohort_size,
+        "clients_without_a_step": data.clients - len(federation.holders),
+        "class_totals": counts.sum(0).tolist(),
+        "counts": counts.tolist(),
+        "test_counts": data.test_counts().tolist(),
+        "statistics": describe(counts),
+        "shot_groups": {"rule": experiment.evaluation.groups.describe(),
+                        **{k: list(v) for k, v in groups._asdict().items()}},
+        "local_steps": {"min": min(steps), "max": max(steps), "all": sum(steps)},
+        "parameters": sum(p.numel() for p in federation.task.initial.params.values()),
+        "engine": {"name": federation.experiment.engine.name, "reason": federation.reason},
+        "bytes": {"model": model, "broadcast_to_a_client": message, "data": columns,
+                  "training_state_without_activations": model * (3 * stacked + 2 * federation.cohort_size)},
+    }  # fmt: skip
+
+
+def to_text(facts: dict[str, Any]) -> str:
+    """Returns the facts for a reader: a table of class x client (clients in columns of up to 40) and the rest in lines."""
+    console = Console(width=120)
+    statistics, engine, size = facts["statistics"], facts["engine"], facts["bytes"]
+    with console.capture() as capture:
+        for line in facts["sources"]:
+            console.print(line, highlight=False)
+        console.print(_counts_table(facts))
+        steps = facts["local_steps"]
+        console.print(
+            f"{facts['clients']} clients, {facts['cohort']} a round, {facts['clients_without_a_step']} without a step; "
+            f"{steps['all']:,} local steps if all take part ({steps['min']} to {steps['max']} a client)\n"
+            f"shot groups by {facts['shot_groups']['rule']}: head {facts['shot_groups']['head']}, "
+            f"medium {facts['shot_groups']['medium']}, tail {facts['shot_groups']['tail']}\n"
+            f"model: {facts['parameters']:,} parameters, {size['model'] / 1e6:.2f} MB; broadcast "
+            f"{size['broadcast_to_a_client'] / 1e6:.2f} MB a client; memory for data {size['data'] / 1e6:.0f} MB, for training "
+            f"state {size['training_state_without_activations'] / 1e6:.0f} MB (without activations)\n"
+            f"engine: {engine['name']} ({engine['reason']})",
+            highlight=False,
+        )
+        table = Table(title="statistics", title_justify="left", show_header=False)
+        for key, value in statistics.items():
+            if not isinstance(value, list):
+                table.add_row(key, _short(value))
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _counts_table(facts: dict[str, Any], most: int = 20) -> Table:
+    """One row a class, one column a client (the first `most`; --json and --picture have all)."""
+    clients = min(facts["clients"], most)
+    cut = f" (the first {clients} of {facts['clients']} clients)" if clients < facts["clients"] else ""
+    table = Table(title=f"training examples by class and client{cut}", title_justify="left", padding=(0, 0, 0, 1))
+    table.add_column("class")
+    table.add_column("all", justify="right")
+    table.add_column("held by", justify="right")
+    for k in range(clients):
+        table.add_column(str(k), justify="right")
+    for c, total in enumerate(facts["class_totals"][:100]):
+        row = [counts[c] for counts in facts["counts"]]
+        shown = [str(n) if n else "." for n in row[:clients]]
+        table.add_row(str(c), str(total), str(sum(n > 0 for n in row)), *shown)
+    return table

@@ -1,0 +1,108 @@
+"""What a person sees while a run goes on: its cost beforehand, live progress, the scores at the end."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedtail import config, trees
+from fedtail.experiment import Federation, RoundResult
+
+
+def method(experiment: config.Experiment) -> str:
+    """Returns the algorithm's name, fit for a folder."""
+    return str(config.name_of(experiment.algorithm)).rpartition(":")[2].lower()
+
+
+def free_folder(path: Path) -> Path:
+    """Returns the path, or the first of path-2, path-3, ... that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def print_cost(federation: Federation) -> None:
+    """Prints what a run will do, before it does it."""
+    experiment, data = federation.experiment, federation.data
+    work = experiment.local
+    steps = sum(len(work.lengths(len(data.owners[i]))) for i in federation.holders)
+    share = federation.cohort_size / len(federation.holders)
+    size = trees.num_bytes(federation.task.initial)
+    print(f"{data.sources[0].partition(' (')[0]}: {sum(map(len, data.owners)):,} training examples on {data.clients} clients, "
+          f"{federation.cohort_size} a round; {experiment.rounds} rounds of about {steps * share:,.0f} local steps; "
+          f"model of {size / 1e6:.2f} MB; engine {experiment.engine.name} ({federation.reason})")  # fmt: skip
+
+
+def _percent(value: float | None) -> str:
+    return "   -" if value is None else f"{100 * value:4.1f}"
+
+
+def _line(scores: dict[str, Any] | None, loss: float | None) -> str:
+    if scores is None:
+        return "" if loss is None else f"loss {loss:.3f}"
+    parts = [f"{name} {_percent(scores.get(key))}" for name, key in
+             (("overall", "accuracy"), ("head", "head"), ("medium", "medium"), ("tail", "tail"))]  # fmt: skip
+    return "  ".join(parts) + ("" if loss is None else f"  loss {loss:.3f}")
+
+
+def follow(rounds: Iterator[RoundResult], federation: Federation, folder: Path) -> None:
+    """Takes all rounds with a live bar (a line an evaluation where there is no terminal), then prints the scores."""
+    experiment = federation.experiment
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[scores]}"))  # fmt: skip
+    result: RoundResult | None = None
+    scores: dict[str, Any] | None = None
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task(f"{method(experiment)} seed {experiment.seed}", total=experiment.rounds,
+                                completed=federation.round, scores="")  # fmt: skip
+            for result in rounds:
+                scores = result.record.get("test", scores)
+                line = _line(scores, result.record.get("train", {}).get("loss"))
+                bar.update(task, completed=result.index + 1, scores=line)
+                if not console.is_terminal and "test" in result.record:
+                    print(f"round {result.index + 1}/{result.rounds}  {line}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        done = federation.round
+        print(f"\nstopped after {done} of {experiment.rounds} rounds; nothing is lost. Continue with: fedtail resume {folder}",
+              file=sys.stderr)  # fmt: skip
+        raise SystemExit(130) from None
+    if result is not None:
+        print(scores_table({k: v for k, v in result.record.items() if isinstance(v, dict) and "test_set" in v}))
+        print(f"run folder: {folder}")
+
+
+def scores_table(scores: dict[str, Any]) -> str:
+    """Returns scores as text: a block for each test set, which it names together with its rule."""
+    console = Console(width=100)
+    with console.capture() as capture:
+        for name, values in scores.items():
+            table = Table(title=f"{name}: {values['test_set']}\nshot groups: {values['groups']}", title_justify="left")
+            shown = {k: v for k, v in values.items() if isinstance(v, float) or v is None or k == "clients"}
+            for key in shown:
+                table.add_column(key, justify="right")
+            table.add_row(*(str(v) if isinstance(v, int) else _percent(v).strip() for v in shown.values()))
+            console.print(table)
+    return capture.get().rstrip()
+
+
+@contextlib.contextmanager
+def download_progress() -> Generator[Callable[[str, int, int | None], None]]:
+    """Gives a callback (file, bytes done, bytes in all or None) that shows a bar."""
+    with Progress(console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(file: str, done: int, total: int | None) -> None:
+            if file not in tasks:
+                tasks[file] = bar.add_task(file, total=total)
+            bar.update(tasks[file], completed=done, total=total)
+
+        yield update
