@@ -1,0 +1,313 @@
+"""The contract of every algorithm with the engines, in float64: see fedtail.algorithm and design section 8.1."""
+
+import contextlib
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+import tomllib
+
+import contract_problem as problem
+import pytest
+import torch
+from contract_problem import CASES, PROBLEMS, ROUNDS, distance, experiment, federation, form, model_of, outcome
+
+import fedtail
+from fedtail import config, runs, trees
+from fedtail.config import Data, Evaluation, Experiment, Participation
+from fedtail.data.longtail import Exponential
+from fedtail.data.partition import DirichletMultinomial
+from fedtail.data.plan import LocalWork
+from fedtail.engines import EngineOptions, loop
+from fedtail.engines.base import Sink
+from fedtail.models.specs import MLP
+
+LOOP = EngineOptions(name="loop")
+PARALLEL = EngineOptions(name="parallel", workers=3)
+VMAP = EngineOptions(name="vmap")
+
+every_case = pytest.mark.parametrize("case", CASES)
+every_problem = pytest.mark.parametrize("name", PROBLEMS)
+
+
+def same(a, b):
+    """Bit-equality of everything that a run leaves but its records' order of keys."""
+    return (
+        all(trees.equal(x, y) for x, y in zip(a.servers, b.servers, strict=True))
+        and all(x.keys() == y.keys() and all(trees.equal(x[i], y[i]) for i in x) for x, y in zip(a.states, b.states, strict=True))
+        and a.records == b.records
+    )  # fmt: skip
+
+
+def gap(a, b):
+    """The largest difference of server states, client states and training metrics."""
+    gaps = [distance(x, y) for x, y in zip(a.servers, b.servers, strict=True)]
+    for x, y in zip(a.states, b.states, strict=True):
+        assert x.keys() == y.keys()
+        gaps += [distance(x[i], y[i]) for i in x]
+    for x, y in zip(a.records, b.records, strict=True):
+        assert x.keys() == y.keys()
+        for part in ("train", "judge", "gather", "server", "diagnostics"):
+            if part in x:
+                assert x[part].keys() == y[part].keys()
+                found, expected = (torch.cat([torch.as_tensor(v).double().flatten() for v in r[part].values()] or
+                                             [torch.zeros(1)]) for r in (x, y))  # fmt: skip
+                gaps.append(float((found - expected).abs().max()))
+    return max(gaps)
+
+
+@every_case
+@every_problem
+def test_loop_equals_parallel_exactly(case, name):
+    assert same(outcome(case, name, LOOP), outcome(case, name, PARALLEL))
+
+
+@every_case
+@every_problem
+def test_donated_equals_undonated_exactly(case, name):
+    assert same(outcome(case, name, LOOP), outcome(case, name, dataclasses.replace(LOOP, donate=False)))
+
+
+@every_case
+@every_problem
+def test_vmap_equals_the_loop_to_rounding_whatever_the_chunk(case, name):
+    reference = outcome(case, name, LOOP)
+    for chunk in (1, 2, 32):
+        assert gap(reference, outcome(case, name, dataclasses.replace(VMAP, chunk=chunk))) <= 1e-10
+
+
+@every_case
+@every_problem
+def test_equal_seeds_give_equal_results_and_others_do_not(case, name):
+    outcome.cache_clear()
+    first, second = outcome(case, name), outcome.__wrapped__(case, name)
+    assert first is not second
+    assert same(first, second)
+    other = outcome(case, name, seed=1)
+    assert not trees.equal(model_of(first.initial), model_of(other.initial))
+    assert not trees.equal(first.servers[-1], other.servers[-1])
+
+
+def warm_federation(case, name, engine):
+    """A federation after one round, so that clients have states."""
+    running = federation(case, name, engine)
+    running.advance(running.step())
+    return running
+
+
+@every_case
+@pytest.mark.parametrize("name", ["ragged", "batchnorm"])
+@pytest.mark.parametrize("engine", [LOOP, PARALLEL, VMAP], ids=lambda e: e.name)
+def test_a_cohort_modifies_none_of_its_inputs(case, name, engine):
+    with contextlib.closing(warm_federation(case, name, engine)) as running:
+        setting = running.engine.setting
+        server, trained = running.server, 0
+        for phase in running.algorithm.phases(running.round, ROUNDS):
+            ids = running.draw(phase)
+            ctx = running.context(phase, len(ids))
+            message = running.algorithm.broadcast(ctx, server)
+            plans = setting.plans(ctx.round, trained, ids)
+            states = {i: setting.state(ctx, message, running.states, i) for i in ids}
+            inputs = (server, message, {str(i): s for i, s in states.items()}, setting.constants, setting.task.initial,
+                      running.task.initial, setting.data.columns | {}, {str(i): torch.from_numpy(p.order) for i, p in plans.items()})  # fmt: skip
+            before = trees.clone(inputs)
+            sink = Sink(list(plans), phase.reduce == "collect")
+            running.engine.cohort(ctx.round, trained, message, states, plans, sink)
+            assert trees.equal(inputs, before)
+            total = torch.tensor(sink.total, dtype=setting.task.dtype)
+            if phase.reduce == "collect":
+                updates = trees.clone(tuple(sink.updates))
+                server = running.algorithm.server_collect(ctx, server, sink.updates, torch.tensor(sink.weights, dtype=total.dtype))
+                assert trees.equal(tuple(sink.updates), updates)
+            else:
+                mean = sink.mean()
+                kept = trees.clone(mean)
+                server = running.algorithm.server_update(ctx, server, mean, total)
+                assert trees.equal(mean, kept)
+            assert trees.equal(inputs, before)
+            trained += phase.local
+
+
+@every_case
+@pytest.mark.parametrize("engine", [LOOP, PARALLEL, VMAP], ids=lambda e: e.name)
+def test_the_order_of_a_cohort_does_not_matter(case, engine):
+    with contextlib.closing(warm_federation(case, "ragged", engine)) as running:
+        setting, phase = running.engine.setting, running.algorithm.phases(1, ROUNDS)[0]
+        ids = running.draw(phase)
+        ctx = running.context(phase, len(ids))
+        message = running.algorithm.broadcast(ctx, running.server)
+        found = []
+        for order in (ids, ids[::-1], random.Random(3).sample(ids, len(ids))):
+            plans = setting.plans(ctx.round, 0, order)
+            sink = Sink(list(plans), phase.reduce == "collect")
+            running.engine.cohort(ctx.round, 0, message, running.states, plans, sink)
+            found.append((sink.mean(), {str(i): s for i, s in sorted(sink.states.items())}, sink.metrics()))
+    assert trees.equal(found[0], found[1])
+    assert trees.equal(found[0], found[2])
+
+
+@every_case
+@every_problem
+def test_states_keep_their_form_within_a_stage(case, name):
+    done = outcome(case, name)
+    forms = {}
+    for server, states, stage in zip(done.servers, done.states, done.stages, strict=True):
+        assert forms.setdefault(stage, form(server)) == form(server)
+        for state in states.values():
+            assert forms.setdefault("client", form(state)) == form(state)
+    assert all(leaf.dtype in (torch.float64, torch.int64) for leaf in trees.leaves(done.servers[-1]))
+
+
+@every_case
+@every_problem
+def test_records_are_plain_values(case, name):
+    for record in outcome(case, name).records:
+        assert json.loads(json.dumps(record)) == record
+
+
+@every_case
+@every_problem
+def test_states_survive_a_checkpoint_bit_for_bit(case, name, tmp_path):
+    done = outcome(case, name)
+    meta = {"round": ROUNDS, "stage": done.stages[-1], "best": -1.0, "metrics_bytes": 0, "experiment": "x"}
+    snapshot = runs.Snapshot(done.servers[-1], done.states[-1], meta)
+    runs.save_checkpoint(tmp_path / "first.safetensors", snapshot)
+    back = runs.load_checkpoint(tmp_path / "first.safetensors", "x")
+    assert type(back.server) is type(snapshot.server)
+    assert trees.equal(back.server, snapshot.server)
+    assert back.clients.keys() == snapshot.clients.keys()
+    for i, state in snapshot.clients.items():
+        assert type(back.clients[i]) is type(state)
+        assert trees.equal(back.clients[i], state)
+    assert {k: back.meta[k] for k in meta} == meta
+    backwards = dict(sorted(snapshot.clients.items(), reverse=True))
+    runs.save_checkpoint(tmp_path / "second.safetensors", back._replace(clients=backwards, meta=meta))
+    assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "second.safetensors").read_bytes()
+
+
+@every_case
+@every_problem
+def test_every_trainable_tensor_and_every_statistic_moves(case, name):
+    done = outcome(case, name)
+    frozen = "head." if case == "fedgrab-release" else None
+    before = done.initial
+    for index, server in enumerate(done.servers):
+        now = model_of(server)
+        for key, value in now.params.items():
+            trained = not (frozen and key.startswith(frozen)) and (case != "staged" or index > 0 or key.startswith("head."))
+            old = before.params.get(key, torch.ones_like(value))  # the factor that `Staged` adds starts at one
+            server_data = case == "staged"  # the server's own steps move everything
+            assert torch.equal(value, old) != (trained or server_data), f"{key} in round {index}"
+        for key, value in now.buffers.items():
+            assert not torch.equal(value, before.buffers[key]), f"{key} in round {index}"
+        before = now
+
+
+@every_case
+def test_the_configuration_survives_json_and_toml(case):
+    whole = experiment(case, "ragged")
+    assert config.from_dict(Experiment, json.loads(json.dumps(config.to_dict(whole)))) == whole
+    assert config.from_dict(Experiment, tomllib.loads(config.dumps(whole))) == whole
+
+
+def resumable(case, **changes):
+    """A small experiment on data that a run folder can name."""
+    values = dict(
+        rounds=4, algorithm=CASES[case], model=MLP(hidden=(5,)), local=LocalWork(steps=2, batch_size=8),
+        data=Data(longtail=Exponential(factor=50.0), partition=DirichletMultinomial(clients=5), server=2, validation=2),
+        participation=Participation(clients=3), evaluation=Evaluation(every=2, keep="best"), engine=LOOP,
+    )  # fmt: skip
+    return Experiment(**{**values, **changes})
+
+
+def interrupt(whole, folder, rounds):
+    """Runs the first rounds of an experiment and stops."""
+    iterator = fedtail.run(whole, folder)
+    for _ in range(rounds):
+        next(iterator)
+    iterator.close()
+
+
+def assert_same_run(first, second):
+    for file in ("checkpoint.safetensors", "metrics.jsonl", "best.safetensors", "config.toml"):
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+@every_case
+def test_a_resumed_run_equals_an_uninterrupted_one(case, tmp_path):
+    whole = resumable(case)
+    assert len(list(fedtail.run(whole, tmp_path / "whole"))) == 4
+    interrupt(whole, tmp_path / "parts", 2)
+    assert (tmp_path / "parts" / "metrics.jsonl").read_bytes().count(b"\n") == 2
+    assert [r.index for r in fedtail.resume(tmp_path / "parts")] == [2, 3]
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert list(fedtail.resume(tmp_path / "parts")) == []
+
+
+@pytest.mark.parametrize("engine", [PARALLEL, VMAP], ids=lambda e: e.name)
+def test_rounds_since_the_last_checkpoint_are_repeated(engine, tmp_path):
+    whole = resumable("staged", engine=engine, checkpoint_every=2)
+    list(fedtail.run(whole, tmp_path / "whole"))
+    interrupt(whole, tmp_path / "parts", 3)
+    assert [r.index for r in fedtail.resume(tmp_path / "parts")] == [2, 3]
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_another_process_resumes_a_users_own_algorithm(tmp_path):
+    whole = resumable("staged")
+    list(fedtail.run(whole, tmp_path / "whole"))
+    interrupt(whole, tmp_path / "parts", 2)
+    code = f"import fedtail; list(fedtail.resume({str(tmp_path / 'parts')!r}))"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=tmp_path)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("name", ["batchnorm", "dropout"])
+def test_gathering_many_steps_at_once_changes_nothing(name, monkeypatch):
+    reference = outcome("staged", name)
+    monkeypatch.setattr(loop, "GATHER", 6)  # a batch and a half
+    assert same(reference, outcome.__wrapped__("staged", name))
+
+
+def test_phases_of_a_round_are_separate():
+    """Two training phases of a round have their own cohorts, batches and draws; both are recorded."""
+    with contextlib.closing(federation("collecting", "ragged")) as running:
+        record = running.step()
+        assert record["train"]["clients"] == 4
+        assert record["gather"]["clients"] == 5  # everyone but the client without data
+        setting, here = running.engine.setting, running.context().round
+        first, second = (setting.plans(here, trained, [0])[0] for trained in (0, 1))
+        assert first.lengths.tolist() == second.lengths.tolist()
+        assert first.order.tolist() != second.order.tolist()
+        assert float(running.server.weight) == 33  # 9 + 1 + 12 + 4 + 7 examples
+
+
+def test_an_evaluating_phase_sees_each_example_once():
+    """`Judging`: the loss in a client's slot is the mean over its data at the broadcast model, recomputed here."""
+    with contextlib.closing(federation("judging", "dropout")) as running:
+        setting, model = running.engine.setting, running.server.model
+        running.step()
+        for i, owned in enumerate(setting.data.owners):
+            rows = setting.data.gather(torch.from_numpy(owned), torch.float64, {}, ("x", "y"))
+            expected = 0.0
+            if len(owned):
+                z, _ = running.worker.apply(model, rows["x"], train=False)
+                expected = float(torch.nn.functional.cross_entropy(z, rows["y"]))
+            assert float(running.server.losses[i]) == pytest.approx(expected, abs=1e-12)
+        assert all(int(count) == 1 for count in running.states.values() if int(count))
+        assert sum(int(count) for count in running.states.values()) == 4  # the cohort of the training phase
+
+
+def test_stages_constants_server_data_and_personal_scores():
+    done = outcome("staged", "ragged")
+    assert done.stages == [0, 1, 1]
+    assert "head.scale" not in done.servers[0].model.params
+    assert "head.scale" in done.servers[1].model.params
+    assert int(done.servers[-1].batches) == ROUNDS * 2 * 2  # 8 examples in batches of 4, 2 epochs
+    assert done.records[-1]["server"]["loss"] > 0
+    assert done.records[-1]["personal"]["clients"] == done.records[-1]["local"]["clients"] == 6
+    with contextlib.closing(federation("staged", "ragged")) as one, contextlib.closing(federation("staged", "ragged", seed=1)) as other:
+        assert form(one.constants) == {"offset": ((problem.CLASSES,), torch.float64)}
+        assert not trees.equal(one.constants, other.constants)
