@@ -1,9 +1,10 @@
 """The command line. This module imports nothing heavy: `fedtail --help` and `fedtail list` answer before torch is loaded."""
 
 import dataclasses
-import difflib
+import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fedtail.errors import ConfigError, FedtailError
+from fedtail.errors import ConfigError, FedtailError, did_you_mean
 
 if TYPE_CHECKING:
     from fedtail.config import Experiment
@@ -209,12 +210,13 @@ def run(arguments: list[str]) -> None:
     from fedtail.experiment import Federation, start
 
     command = parse_experiment("run", RunOptions, arguments)
-    for number, seed in enumerate(command.seeds or (command.experiment.seed,)):
-        experiment = dataclasses.replace(command.experiment, seed=seed)
-        stem = Path(command.file).stem if command.file else f"{experiment.data.name}-{terminal.method(experiment)}"
+    seeds = command.seeds or (command.experiment.seed,)
+    for number, experiment in enumerate([dataclasses.replace(command.experiment, seed=seed) for seed in seeds]):
+        data = Path(experiment.data.name).stem  # it may be a path
+        stem = Path(command.file).stem if command.file else f"{data}-{terminal.method(experiment)}"
         folder = command.output if command.output is not None and not command.seeds else None
         base = command.output if command.seeds and command.output is not None else Path("runs")
-        folder = folder or terminal.free_folder(base / f"{stem}-seed{seed}")
+        folder = folder or terminal.free_folder(base / f"{stem}-seed{experiment.seed}")
         federation = Federation(experiment)
         if not number:
             terminal.print_cost(federation)
@@ -266,6 +268,8 @@ def parse_experiment(verb: str, options: type, arguments: list[str]) -> Any:
     from fedtail import config
 
     file = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    if late := [word for word in arguments[1:] if word.endswith(".toml") and not word.startswith("-")]:
+        raise ConfigError(f"{late[0]}: the experiment comes first, and there is one: fedtail {verb} {late[0]} --rounds 50")
     table = config.to_dict(config.load(file) if file else config.Experiment())
     rest = config.pick_names(table, arguments[1:] if file else arguments)
     experiment: Experiment = config.from_dict(config.Experiment, table)
@@ -300,15 +304,16 @@ def dispatch(arguments: list[str]) -> None:
     verb, rest = arguments[0], arguments[1:]
     if verb == "data" and rest:
         verb, rest = f"data {rest[0]}", rest[1:]
+    if verb in ("data -h", "data --help"):
+        print(HELP)
+        return
     if verb in FREE:
         FREE[verb](rest)
     elif verb in TYPED:
         tyro.cli(TYPED[verb], args=rest, prog=f"fedtail {verb}")
     else:
         known = [*FREE, *TYPED]
-        near = difflib.get_close_matches(verb, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ConfigError(f"unknown verb {verb!r}{hint} Known are {', '.join(known)}.")
+        raise ConfigError(f"unknown verb {verb!r}{did_you_mean(verb, known)} Known are {', '.join(known)}.")
 
 
 def _json(value: Any) -> str:
@@ -318,8 +323,11 @@ def _json(value: Any) -> str:
 def main() -> None:
     """The entry point: errors that a user can mend are printed without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a sign gets "?", not a traceback
+        sys.stdout.reconfigure(errors="replace")
     try:
         dispatch(sys.argv[1:])
+        sys.stdout.flush()
     except FedtailError as error:
         print(f"fedtail: {error}", file=sys.stderr)
         sys.exit(1)
@@ -327,5 +335,5 @@ def main() -> None:
         print("fedtail: interrupted.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away (| head)
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed when Python ends
         sys.exit(141)

@@ -26,9 +26,9 @@ from fedtail.data.longtail import LONGTAILS, Exponential, LongTail
 from fedtail.data.partition import PARTITIONS, DirichletMultinomial, Partition
 from fedtail.data.plan import LocalWork
 from fedtail.engines import EngineOptions
-from fedtail.errors import ConfigError
+from fedtail.errors import ConfigError, did_you_mean
 from fedtail.metrics import GROUP_RULES, Cumulative, GroupRule
-from fedtail.models.specs import MLP, MODELS, ModelSpec, UserModel, did_you_mean, split_target
+from fedtail.models.specs import MLP, MODELS, ModelSpec, UserModel, split_target
 from fedtail.optim import OPTIMIZERS, Optimizer
 from fedtail.schedule import SCHEDULES, Constant, Schedule
 
@@ -74,7 +74,8 @@ class Participation:
 
     def size(self, population: int) -> int:
         """Returns the cohort's size."""
-        return min(self.clients, population) if self.clients else max(int(self.fraction * population), 1)
+        # 0.29 * 100 comes out as 28.99...: the margin is far above rounding and far below 1.
+        return min(self.clients, population) if self.clients else max(int(self.fraction * population + 1e-9), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,8 @@ def resolve(base: type, name: str) -> type:
     words: dict[type, str] = {ModelSpec: "model", LongTail: "longtail", GroupRule: "groups"}
     what = words.get(base, base.__name__.lower())
     hint = did_you_mean(name, registry)
-    raise ConfigError(f"unknown {what} {name!r}{hint} Known are {', '.join(registry)}.")
+    own = ', and "file.py:Name" for your own' if base in (Algorithm, ModelSpec) else ""
+    raise ConfigError(f"unknown {what} {name!r}{hint} Known are {', '.join(registry)}{own}.")
 
 
 def user_class(target: str) -> type:
@@ -228,11 +230,12 @@ def from_dict(cls: type, table: Mapping[str, Any], where: str = "") -> Any:
     Raises:
         ConfigError: an unknown key or name, a wrong type, an impossible value.
     """
-    table = dict(table)
-    if cls in REGISTRIES:
+    table, polymorphic = dict(table), cls in REGISTRIES
+    if polymorphic:
         name = table.pop("name", None)
         if not isinstance(name, str):
-            raise ConfigError(f"{where}: the key `name` is missing; known names are {', '.join(REGISTRIES[cls])}.")
+            got = "is missing" if name is None else f"must be a string, got {name!r}"
+            raise ConfigError(f"{where}: the key `name` {got}. Known names are {', '.join(REGISTRIES[cls])}.")
         if cls is ModelSpec and ".py:" in name:
             table["target"] = name
             cls = UserModel
@@ -242,8 +245,8 @@ def from_dict(cls: type, table: Mapping[str, Any], where: str = "") -> Any:
     known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
     for key in table:
         if key not in known:
-            place = f"{where}.{key}" if where else key
-            raise ConfigError(f"unknown option {place!r}{did_you_mean(key, known)} Known are {', '.join(known)}.")
+            place, words = f"{where}.{key}" if where else key, [*(["name"] if polymorphic else []), *known]
+            raise ConfigError(f"unknown option {place!r}{did_you_mean(key, words)} Known are {', '.join(words)}.")
     values = {k: _value(known[k], v, f"{where}.{k}" if where else k) for k, v in table.items()}
     try:
         return cls(**values)
@@ -262,18 +265,20 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if value not in arguments:
             raise ConfigError(f"{where} must be one of {', '.join(map(repr, arguments))}; got {value!r}.")
         return value
-    if origin is dict and isinstance(value, Mapping):
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a table, got {value!r}.")
         return {k: _value(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_value(arguments[0], v, where) for v in value)
-    if origin is list and isinstance(value, list | tuple):
-        return [_value(arguments[0], v, where) for v in value]
+    if origin in (tuple, list):
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} must be a list, got {value!r}. Write [{value!r}] for a list of one.")
+        return origin(_value(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if hint is Any:
         return value
     kind: type = next(a for a in (*arguments, hint) if a is not type(None))  # of "int | None": int
     accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
     if (isinstance(value, bool) and kind is not bool) or not isinstance(value, accepted):
-        raise ConfigError(f"{where} must be a {kind.__name__}, got {value!r}.")
+        raise ConfigError(f"{where} must be of type {kind.__name__}, got {value!r}.")
     return float(value) if kind is float else value
 
 
@@ -286,9 +291,11 @@ def load(path: str | Path) -> Experiment:
     file = Path(path)
     file = file / "config.toml" if file.is_dir() else file
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the experiment {file}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not a text file in UTF-8: {error.reason} at byte {error.start}.") from error
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

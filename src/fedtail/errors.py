@@ -10,6 +10,9 @@
 Every message says what is wrong, where, what was got and what to do; the command line prints it without a traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class FedtailError(Exception):
     """Base of every error that fedtail raises on purpose."""
@@ -33,3 +36,21 @@ class CheckpointError(FedtailError):
 
 class TrainingError(FedtailError, RuntimeError):
     """Training failed: a non-finite loss, an exception on a client."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message that names the nearest known word.
+
+    Args:
+        word: What was asked for.
+        known: The words that exist.
+
+    Returns:
+        "; did you mean 'lenet'?", or "." if nothing is near.
+
+    >>> did_you_mean("lennet", ["mlp", "lenet"])
+    "; did you mean 'lenet'?"
+    """
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean '{by_lower[near[0]]}'?" if near else "."

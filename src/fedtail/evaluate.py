@@ -27,7 +27,7 @@ def shot_groups(rule: GroupRule, data: FederatedData) -> ShotGroups:
 
 
 def local_groups(rule: GroupRule, data: FederatedData) -> list[ShotGroups] | ShotGroups:
-    """Returns each client's groups: of its own local test counts where the rule is about those (protocol section 2.8)."""
+    """Returns each client's groups: of its own local test counts where the rule is about those."""
     if rule.counts_of == "local_test":
         return [rule.split(row) for row in data.test_counts()]
     return shot_groups(rule, data)

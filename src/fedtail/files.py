@@ -15,7 +15,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         CheckpointError: the disk is full or not writable; the old file is untouched.
     """
     data = content.encode() if isinstance(content, str) else content
-    name: str | None = None
+    name = ""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
@@ -24,10 +24,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except OSError as error:
-        if name is not None and os.path.exists(name):
-            os.unlink(name)
-        raise write_error(path, error) from error
+    except BaseException as error:  # an interrupt too must leave no half-written file behind
+        if name:
+            Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise write_error(path, error) from error
+        raise
 
 
 def append(path: Path, text: str) -> int:
@@ -45,8 +47,9 @@ def append(path: Path, text: str) -> int:
 def write_error(path: Path, error: OSError) -> CheckpointError:
     """Returns the error for a failed write: what, where, and what to do."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "Free some space" if full else "Check the folder's permissions"
+    remedy = "Free some space" if full else "Check the path and the folder's permissions"
+    a_run = (path.parent / "config.toml").is_file()
+    then = f"continue with `fedtail resume {path.parent}`" if a_run else "try again"
     return CheckpointError(
-        f"cannot write {path}: {error.strerror}. {remedy}, then continue with `fedtail resume {path.parent}`; "
-        "what was saved before is untouched."
+        f"cannot write {path}: {error.strerror}. {remedy}, then {then}; what was saved before is untouched."
     )

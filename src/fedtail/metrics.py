@@ -3,7 +3,7 @@
 A confusion matrix is int64 [C, C], row = true class, column = predicted class. Its entries are counts, so matrices may
 be added over batches and clients before anything here is computed. What has no value (no test examples) is None.
 
-Source: long-tail protocol, sections 2.8 (evaluation) and 3 (shot split).
+Source: the evaluation of Fed-GraB's and FedLoGe's experiments (the authors' code), docs/metrics.md.
 """
 
 from abc import ABC, abstractmethod
@@ -57,7 +57,7 @@ class Cumulative(GroupRule):
     """Classes in descending order of count; head and medium end where the cumulative share reaches a threshold.
 
     Ties keep the order of the class ids. The class that reaches a threshold belongs to the group that it completes; one
-    class may reach both, then medium is empty. Counts that are all zero give no groups (protocol section 3).
+    class may reach both, then medium is empty. Counts that are all zero give no groups.
     """
 
     head: float = 0.75
@@ -221,7 +221,7 @@ def from_confusion(confusion: Ints, groups: ShotGroups) -> dict[str, Any]:
 def client_spread(
     confusions: Ints, groups: ShotGroups | Sequence[ShotGroups], examples: Ints | None = None
 ) -> dict[str, Any]:
-    """Returns how the clients fare, each on its own local test set (protocol section 2.8).
+    """Returns how the clients fare, each on its own local test set.
 
     Clients with an empty local test set are left out. Every other client counts once, except in `macro_f1`.
 

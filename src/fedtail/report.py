@@ -1,56 +1,36 @@
-"""Tables of runs: who is compared with whom, what forbids it, and the numbers of the last round over seeds.
+"""Tables of runs: what may be compared, and the numbers of the last round over seeds.
 
-Everything comes from run folders (`fedtail.runs.read`); nothing is trained or evaluated again. `group` sorts runs into
-methods, `compare` does so only if nothing but the algorithm and the seed differs, and the renderers print a comparison.
+Everything comes from run folders (`fedtail.runs.read`); nothing is trained or evaluated again. `compare` refuses runs that
+differ in more than the algorithm's own hyper-parameters and the seed; the renderers print a comparison.
 """
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedtail import config
-from fedtail.algorithm import Algorithm
 from fedtail.errors import ConfigError
+from fedtail.methods import (
+    ABSENT,
+    IGNORED,
+    SECTIONS,
+    Method,
+    Section,
+    defaults,
+    differing,
+    distinct,
+    flatten,
+    group,
+    own,
+    settings,
+    under,
+)
 from fedtail.models.specs import did_you_mean
 from fedtail.runs import RunRecord, read
-
-IGNORED = ("seed", "engine", "checkpoint_every", "evaluation.every")
-"""Dotted keys that do not change the numbers of the last round, or (the seed) are averaged over."""
-ABSENT = "absent"  # stands for the value of a key that a run's configuration does not have
-
-
-class Column(NamedTuple):
-    """A column of a table."""
-
-    key: str  # where it stands in a record: section.name
-    title: str
-
-
-class Section(NamedTuple):
-    """A table: columns that were measured on the same test set."""
-
-    name: str  # of the record's entry
-    title: str
-    columns: tuple[Column, ...]
-
-
-def _section(name: str, title: str, **titles: str) -> Section:
-    return Section(name, title, tuple(Column(f"{name}.{key}", text) for key, text in titles.items()))
-
-
-SECTIONS = (
-    _section("test", "Global model, global test set", accuracy="overall", balanced_accuracy="balanced", head="head",
-             medium="medium", tail="tail", macro_f1="macro-F1"),
-    _section("local", "Global model, local test sets", mean="local mean", std="local spread",
-             worst_decile="worst decile"),
-    _section("personal", "Personal models, local test sets", mean="personal mean", std="personal spread",
-             worst_decile="worst decile"),
-)  # fmt: skip
 
 
 class Summary(NamedTuple):
@@ -78,23 +58,6 @@ class Summary(NamedTuple):
             return "-"
         spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
         return f"{round(100 * self.mean, 1) + 0.0:{sign}.1f}{spread}" + ("" if self.n == n else f" (n={self.n})")
-
-
-class Method(NamedTuple):
-    """Runs that differ in the seed alone."""
-
-    label: str
-    runs: tuple[RunRecord, ...]  # ascending seed
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """The runs' seeds."""
-        return tuple(run.config["seed"] for run in self.runs)
-
-    def values(self, key: str) -> dict[int, float | None]:
-        """Returns a column's number by seed, from the last evaluated round."""
-        section, _, name = key.partition(".")
-        return {seed: run.last.get(section, {}).get(name) for seed, run in zip(self.seeds, self.runs, strict=True)}
 
 
 class Row(NamedTuple):
@@ -150,104 +113,14 @@ class Comparison:
     def caption(self, section: Section) -> str:
         """Returns what stands under a table: test set, rule of the shot groups, round, seeds, how to read differences."""
         runs = [run for method in self.methods for run in method.runs if section.name in run.last]
-        sets = _distinct(run.last[section.name]["test_set"] for run in runs)
-        rules = _distinct(run.last[section.name]["groups"] for run in runs)
-        rounds = _distinct(str(run.last["round"] + 1) for run in runs)
+        sets = distinct(run.last[section.name]["test_set"] for run in runs)
+        rules = distinct(run.last[section.name]["groups"] for run in runs)
+        rounds = distinct(str(run.last["round"] + 1) for run in runs)
         text = (f"Test set: {'; '.join(sets)}. Shot groups: {'; '.join(rules)}. Numbers of the last round "
                 f"({', '.join(rounds)}), in percent, mean ± sample standard deviation over n seeds.")  # fmt: skip
         if len(self.methods) > 1:
             text += " Differences: in percentage points, paired over the common seeds."
         return text
-
-
-def _distinct(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns a nested table by dotted keys; lists are values."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
-
-
-def under(key: str, prefixes: Iterable[str]) -> bool:
-    """Says whether a dotted key is one of the prefixes or lies below one.
-
-    Example:
-        >>> under("data.longtail.factor", ["data.longtail"]), under("data.longtails", ["data.longtail"])
-        (True, False)
-    """
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
-
-
-def _own(key: str) -> bool:
-    """Says whether a key is one of the algorithm's own hyper-parameters, in which methods may differ."""
-    return under(key, ["algorithm"]) and not under(key, ["algorithm.optimizer"])
-
-
-def _show(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-
-
-def differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the dotted keys in which flat tables differ, in their order there."""
-    keys = dict.fromkeys(key for table in tables for key in table)
-    return [k for k in keys if any(t.get(k, ABSENT) != tables[0].get(k, ABSENT) for t in tables)]
-
-
-def group(runs: Sequence[RunRecord]) -> tuple[Method, ...]:
-    """Sorts runs into methods: same configuration but for the seed and what does not change the numbers.
-
-    A label is the algorithm's name; where runs of one algorithm differ, their hyper-parameters that differ and are not
-    the default; where runs differ elsewhere, those keys too.
-
-    Raises:
-        ConfigError: two runs of one method have the same seed.
-    """
-    found: dict[str, list[RunRecord]] = {}
-    tables: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        table = {k: v for k, v in flatten(run.config).items() if not under(k, IGNORED)}
-        identity = json.dumps(table, sort_keys=True)
-        found.setdefault(identity, []).append(run)
-        tables[identity] = table
-    shared = [k for k in differing(list(tables.values())) if not _own(k)]
-    names = _short(t["algorithm.name"] for t in tables.values())
-    methods: list[Method] = []
-    for identity, members in found.items():
-        table = tables[identity]
-        siblings = [t for t in tables.values() if t["algorithm.name"] == table["algorithm.name"]]
-        default = defaults(table["algorithm.name"])
-        own = [k for k in differing(siblings) if _own(k) and table.get(k, ABSENT) != default.get(k)]
-        parts = [f"{k.removeprefix('algorithm.')}={_show(table.get(k, ABSENT))}" for k in [*own, *shared]]
-        name = names[table["algorithm.name"]]
-        label = f"{name} ({', '.join(parts)})" if parts else name
-        methods.append(Method(label, tuple(sorted(members, key=lambda run: run.config["seed"]))))
-        _no_repeats(methods[-1])
-    return tuple(methods)
-
-
-def _short(names: Iterable[str]) -> dict[str, str]:
-    """Returns "Name" for a user's own "folder/file.py:Name", unless two would be the same; other names as they are."""
-    short = {name: name.rpartition(".py:")[2] for name in names}
-    return {name: one if list(short.values()).count(one) == 1 else name for name, one in short.items()}
-
-
-def _no_repeats(method: Method) -> None:
-    for one, other in zip(method.runs, method.runs[1:], strict=False):
-        if one.config["seed"] == other.config["seed"]:
-            raise ConfigError(f"{one.folder} and {other.folder} are the same experiment with the same seed "
-                              f"{one.config['seed']}. Name only one of them.")  # fmt: skip
-
-
-def defaults(name: str) -> dict[str, Any]:
-    """Returns an algorithm's default hyper-parameters by dotted key; empty if it has none or cannot be imported here."""
-    try:
-        return flatten(config.to_dict(config.from_dict(Algorithm, {"name": name})), "algorithm.")
-    except ConfigError:
-        return {}
 
 
 def compare(folders: Sequence[str | Path], allow: Sequence[str] = ()) -> Comparison:
@@ -286,11 +159,11 @@ def _allowed(runs: Sequence[RunRecord], allow: Sequence[str]) -> list[str]:
     for key in allow:
         if not any(under(k, [key]) for k in known):
             raise ConfigError(f"--allow {key}: the runs have no such option{did_you_mean(key, sorted(known))}")
-    different = [k for k in differing(tables) if not _own(k) and not under(k, IGNORED)]
+    different = [k for k in differing(tables) if not own(k) and not under(k, IGNORED)]
     refused = [k for k in different if not under(k, allow)]
     if refused:
         lines = [f"  {key}: {_values(runs, tables, key)}" for key in refused]
-        keys = _distinct("algorithm.optimizer" if under(k, ["algorithm.optimizer"]) else k for k in refused)
+        keys = distinct("algorithm.optimizer" if under(k, ["algorithm.optimizer"]) else k for k in refused)
         raise ConfigError(
             "these runs differ in more than the algorithm's own hyper-parameters and the seed:\n" + "\n".join(lines)
             + "\nMake runs that are equal in these, or compare them all the same with "
@@ -324,14 +197,14 @@ def _same_partitions(runs: Sequence[RunRecord]) -> None:
 def _machine_notes(runs: Sequence[RunRecord]) -> list[str]:
     """Returns notes on differences of engine, rhythm of evaluation and versions."""
     notes: list[str] = []
-    engines = _distinct(run.config["engine"]["name"] for run in runs)
+    engines = distinct(run.config["engine"]["name"] for run in runs)
     if "vmap" in engines and len(engines) > 1:
         notes.append(f"Engines: {', '.join(engines)}; vmap agrees with the others to rounding, not to the bit.")
-    every = _distinct(str(run.config["evaluation"]["every"]) for run in runs)
+    every = distinct(str(run.config["evaluation"]["every"]) for run in runs)
     if len(every) > 1:
         notes.append(f"evaluation.every is {', '.join(every)}; the last round is evaluated in every run.")
     for package in ("fedtail", "torch"):
-        versions = _distinct(str(run.environment.get("packages", {}).get(package)) for run in runs)
+        versions = distinct(str(run.environment.get("packages", {}).get(package)) for run in runs)
         if len(versions) > 1:
             notes.append(f"Made with different versions of {package}: {', '.join(versions)}.")
     return notes
@@ -343,11 +216,75 @@ def _hyper_parameters(methods: Sequence[Method]) -> list[str]:
     for method in methods:
         table = flatten(method.runs[0].config)
         default = defaults(table["algorithm.name"])
-        changed = [k for k in table if _own(k) and k != "algorithm.name" and table[k] != default.get(k, ABSENT)]
-        values = [f"{k.removeprefix('algorithm.')}={_show(table[k])}" for k in changed]
-        if unsaid := [v for v in values if v not in method.label]:
+        changed = [k for k in table if own(k) and k != "algorithm.name" and table[k] != default.get(k, ABSENT)]
+        if unsaid := [v for v in settings(table, changed) if v not in method.label]:
             notes.append(f"{method.label}: not its defaults are {', '.join(unsaid)}.")
     return notes
+
+
+def in_words(comparison: Comparison) -> list[str]:
+    """Returns what the numbers say, one sentence or two for each method beside the baseline.
+
+    Whether a group gains or loses is decided by its paired differences: it does where every common seed has the same sign.
+    """
+    base, *others = comparison.methods
+    if not others:
+        known = [(text, comparison.summary(base, key)) for key, text in _WORDS]
+        parts = [f"{s.text(s.n)} % {text}" for text, s in known if s.mean is not None]
+        return [f"{base.label} gets {', '.join(parts)} ({_count(len(base.runs), 'seed')})."]
+    return [_against(comparison, method, base) for method in others]
+
+
+_WORDS = (
+    ("test.tail", "on the tail"),
+    ("test.head", "on the head"),
+    ("test.accuracy", "overall"),
+    ("local.worst_decile", "for the worst decile of clients"),
+)
+_VERDICTS = {
+    (0, 0): "On neither head nor tail do the seeds agree on a difference.",
+    (1, 1): "Head and tail both gain.",
+    (-1, -1): "Head and tail both lose.",
+    (-1, 1): "The head pays for the tail.",
+    (1, -1): "The tail pays for the head.",
+}
+
+
+def _against(comparison: Comparison, method: Method, base: Method) -> str:
+    common = [seed for seed in method.seeds if seed in base.seeds]
+    if not common:
+        return f"{method.label} and {base.label} have no seed in common, so there is no paired difference."
+    parts: list[str] = []
+    for key, text in _WORDS:
+        own_values, base_values = method.values(key), base.values(key)
+        pairs = [(own_values[seed], base_values[seed]) for seed in common]
+        known = [(x, y) for x, y in pairs if x is not None and y is not None]
+        if known:
+            mine, theirs = 100 * np.mean(known, axis=0)
+            higher = sum(x > y for x, y in known)
+            name = (f"{method.label} gets ", f" of {base.label}") if not parts else ("", "")
+            parts.append(f"{text} {name[0]}{mine:.1f} % against {theirs:.1f} %{name[1]} "
+                         f"({mine - theirs:+.1f} points, higher in {higher} of {_count(len(known), 'seed')})")  # fmt: skip
+    one = " A single seed may be chance: repeat with others." if len(common) == 1 else ""
+    said = "; ".join(parts)
+    return f"{said[:1].upper()}{said[1:]}. {_verdict(comparison, method)}{one}".strip()
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _verdict(comparison: Comparison, method: Method) -> str:
+    """Returns who gains and who pays, by the signs on which the seeds agree."""
+    signs: dict[str, int] = {}
+    for name in ("head", "tail"):
+        found = {int(np.sign(d)) for d in comparison.paired(method, f"test.{name}")}
+        if not found:
+            return ""  # the rule makes no such group
+        signs[name] = found.pop() if len(found) == 1 else 0
+    both = (signs["head"], signs["tail"])
+    says = {1: "gains", -1: "loses", 0: "changes in no direction on which the seeds agree"}
+    return _VERDICTS.get(both) or f"The head {says[both[0]]}, the tail {says[both[1]]}."
 
 
 def to_text(comparison: Comparison) -> str:

@@ -9,6 +9,7 @@ checkpoint.safetensors    the latest state; best.safetensors: by validation scor
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -16,6 +17,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -65,9 +68,14 @@ def rebuild(structure: Any, leaves: dict[str, Tensor], prefix: str) -> Tree:
     if kind == "tuple":
         return tuple(children.values())
     module, _, name = kind.partition(":")
-    cls = getattr(sys.modules.get(module), name, None)
+    cls: Any = getattr(sys.modules.get(module), name, None)
     if not (isinstance(cls, type) and issubclass(cls, tuple)):
         raise CheckpointError(f"the checkpoint holds a {kind}, which this experiment's algorithm does not define.")
+    if set(children) != set(cls._fields):  # type: ignore[attr-defined]
+        raise CheckpointError(
+            f"the checkpoint holds a {kind} with the fields {', '.join(children)}; now it has {', '.join(cls._fields)}. "  # type: ignore[attr-defined]
+            "Restore the algorithm's file as it was when the run began, or start the run anew in another folder."
+        )
     return cls(**children)
 
 
@@ -79,7 +87,17 @@ def save_checkpoint(path: Path, snapshot: Snapshot) -> None:
                "client_ids": torch.tensor(ids, dtype=torch.int64)}  # fmt: skip
     meta = {"format": FORMAT, **snapshot.meta, "server": describe(snapshot.server), "clients": describe(clients)}
     unshared = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    write_atomic(path, save(unshared, {"fedtail": json.dumps(meta, sort_keys=True)}))
+    text = json.dumps(meta, sort_keys=True)
+    write_atomic(path, save(unshared, {"fedtail": text, "sha256": _digest(text, unshared)}))
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    """Returns the SHA-256 of all that a checkpoint says: safetensors itself would not notice a changed byte."""
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_checkpoint(path: Path, fingerprint: str | None = None, device: str = "cpu") -> Snapshot:
@@ -94,11 +112,17 @@ def load_checkpoint(path: Path, fingerprint: str | None = None, device: str = "c
         CheckpointError: missing, damaged, or of another experiment.
     """
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}. Start the run with `fedtail run`.")
+        best = 'Only runs with evaluation.keep = "best" have one, from their first evaluated round on.'
+        remedy = best if path.stem == "best" else "Start the run with `fedtail run`."
+        raise CheckpointError(f"there is no checkpoint {path}. {remedy}")
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            meta = json.loads(file.metadata()["fedtail"])
+            header = file.metadata()
+            meta = json.loads(header["fedtail"])
             leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        digest = _digest(header["fedtail"], leaves)
+        if header.get("sha256", digest) != digest:
+            raise ValueError("its contents do not have the SHA-256 that was written with them")
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise CheckpointError(
             f"the checkpoint {path} is damaged or not fedtail's ({error}). Restore it from a copy, or start the run anew "
@@ -165,36 +189,60 @@ def create(folder: Path, experiment: config.Experiment, partition: dict[str, np.
         save_checkpoint(scratch / "checkpoint.safetensors", snapshot)
         scratch.chmod(0o755)
         scratch.rename(folder)
-    except OSError as error:
-        raise write_error(folder, error) from error
+    except (OSError, CheckpointError) as error:  # the latter: `write_atomic`'s, about a file of the scratch folder
+        raise write_error(folder, cast("OSError", error.__cause__ or error)) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Generator[None]:
-    """Holds the run folder, so that two processes never write one run; the lock ends with the process."""
+    """Holds the run folder, so that two processes never write one run; the lock ends with the process.
+
+    Whoever holds it removes the temporary files of writes that were killed.
+
+    Raises:
+        CheckpointError: another process holds it, or it cannot be written.
+    """
     try:
         import fcntl
     except ImportError:  # not a POSIX system: no lock
         yield
         return
-    with open(folder / ".lock", "w") as file:
+    try:
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise write_error(folder / ".lock", error) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise CheckpointError(f"another process is running {folder}. Wait for it, or stop it first.") from error
+        for stale in folder.glob(".*.safetensors.*"):
+            stale.unlink(missing_ok=True)
         yield
 
 
 def truncate_metrics(folder: Path, size: int) -> None:
-    """Cuts metrics.jsonl back to the bytes that the checkpoint knows of: what a killed round left behind goes."""
-    path = folder / "metrics.jsonl"
+    """Cuts metrics.jsonl back to the bytes that the checkpoint knows of, and timings.jsonl to whole lines.
+
+    What a round left behind whose process was killed, or whose disk was full, goes.
+
+    Raises:
+        CheckpointError: metrics.jsonl has fewer bytes, or the files cannot be written.
+    """
+    path, timings = folder / "metrics.jsonl", folder / "timings.jsonl"
     have = path.stat().st_size if path.exists() else 0
     if have < size:
         raise CheckpointError(f"{path} has {have} bytes, the checkpoint expects {size}: records are missing. "
                               "Restore the file from a copy, or start the run anew in another folder.")  # fmt: skip
-    os.truncate(path, size)
+    try:
+        for log in (path, timings):
+            log.touch()
+        os.truncate(path, size)
+        os.truncate(timings, timings.read_bytes().rfind(b"\n") + 1)
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 def log_metrics(folder: Path, record: dict[str, Any], seconds: dict[str, Any]) -> int:
@@ -247,6 +295,9 @@ def read(folder: str | Path) -> RunRecord:
             counts, test_counts = arrays["counts"], arrays["test_counts"]
         known = json.loads((folder / "environment.json").read_text())
         table = config.to_dict(config.load(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the run folder {folder} is damaged: {error}") from error
-    return RunRecord(folder, table, records, counts, test_counts, known, sum(t["seconds"] for t in timings))
+        seconds = sum(t["seconds"] for t in timings)
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"the run folder {folder} is damaged: {error}. Restore it from a copy, or repeat the run in another folder."
+        ) from error
+    return RunRecord(folder, table, records, counts, test_counts, known, seconds)

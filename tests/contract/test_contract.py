@@ -27,8 +27,12 @@ LOOP = EngineOptions(name="loop")
 PARALLEL = EngineOptions(name="parallel", workers=3)
 VMAP = EngineOptions(name="vmap")
 
+# Everything on ragged clients; variants of a method (gates, optimizers) only there, but for Adam after BatchNorm.
+VARIANTS = [case for case in CASES if case.startswith(("fedgrab-", "fedavg-")) and case not in ("fedgrab-rank", "fedavg-adam")]
 every_case = pytest.mark.parametrize("case", CASES)
-every_problem = pytest.mark.parametrize("name", PROBLEMS)
+every_problem = pytest.mark.parametrize(
+    ("case", "name"), [(c, n) for c in CASES for n in PROBLEMS if n == "ragged" or c not in VARIANTS]
+)
 
 
 def same(a, b):
@@ -57,33 +61,27 @@ def gap(a, b):
     return max(gaps)
 
 
-@every_case
 @every_problem
 def test_loop_equals_parallel_exactly(case, name):
     assert same(outcome(case, name, LOOP), outcome(case, name, PARALLEL))
 
 
-@every_case
 @every_problem
 def test_donated_equals_undonated_exactly(case, name):
     assert same(outcome(case, name, LOOP), outcome(case, name, dataclasses.replace(LOOP, donate=False)))
 
 
-@every_case
 @every_problem
 def test_vmap_equals_the_loop_to_rounding_whatever_the_chunk(case, name):
     reference = outcome(case, name, LOOP)
-    for chunk in (1, 2, 32):
+    for chunk in (1, 2, 32) if name == "ragged" else (2, 32):
         assert gap(reference, outcome(case, name, dataclasses.replace(VMAP, chunk=chunk))) <= 1e-10
 
 
-@every_case
 @every_problem
 def test_equal_seeds_give_equal_results_and_others_do_not(case, name):
-    outcome.cache_clear()
-    first, second = outcome(case, name), outcome.__wrapped__(case, name)
-    assert first is not second
-    assert same(first, second)
+    first = outcome(case, name)
+    assert same(first, outcome.__wrapped__(case, name))  # computed anew
     other = outcome(case, name, seed=1)
     assert not trees.equal(model_of(first.initial), model_of(other.initial))
     assert not trees.equal(first.servers[-1], other.servers[-1])
@@ -96,8 +94,9 @@ def warm_federation(case, name, engine):
     return running
 
 
-@every_case
-@pytest.mark.parametrize("name", ["ragged", "batchnorm"])
+@pytest.mark.parametrize(
+    ("case", "name"), [(c, n) for c in CASES for n in ("ragged", "batchnorm") if n == "ragged" or c not in VARIANTS]
+)
 @pytest.mark.parametrize("engine", [LOOP, PARALLEL, VMAP], ids=lambda e: e.name)
 def test_a_cohort_modifies_none_of_its_inputs(case, name, engine):
     with contextlib.closing(warm_federation(case, name, engine)) as running:
@@ -147,7 +146,6 @@ def test_the_order_of_a_cohort_does_not_matter(case, engine):
     assert trees.equal(found[0], found[2])
 
 
-@every_case
 @every_problem
 def test_states_keep_their_form_within_a_stage(case, name):
     done = outcome(case, name)
@@ -159,14 +157,12 @@ def test_states_keep_their_form_within_a_stage(case, name):
     assert all(leaf.dtype in (torch.float64, torch.int64) for leaf in trees.leaves(done.servers[-1]))
 
 
-@every_case
 @every_problem
 def test_records_are_plain_values(case, name):
     for record in outcome(case, name).records:
         assert json.loads(json.dumps(record)) == record
 
 
-@every_case
 @every_problem
 def test_states_survive_a_checkpoint_bit_for_bit(case, name, tmp_path):
     done = outcome(case, name)
@@ -186,7 +182,6 @@ def test_states_survive_a_checkpoint_bit_for_bit(case, name, tmp_path):
     assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "second.safetensors").read_bytes()
 
 
-@every_case
 @every_problem
 def test_every_trainable_tensor_and_every_statistic_moves(case, name):
     done = outcome(case, name)
@@ -195,10 +190,11 @@ def test_every_trainable_tensor_and_every_statistic_moves(case, name):
     for index, server in enumerate(done.servers):
         now = model_of(server)
         for key, value in now.params.items():
-            trained = not (frozen and key.startswith(frozen)) and (case != "staged" or index > 0 or key.startswith("head."))
+            if key in ("conv1.bias", "conv2.bias"):
+                continue  # before BatchNorm: the gradient is zero up to rounding
+            trained = not (frozen and key.startswith(frozen))
             old = before.params.get(key, torch.ones_like(value))  # the factor that `Staged` adds starts at one
-            server_data = case == "staged"  # the server's own steps move everything
-            assert torch.equal(value, old) != (trained or server_data), f"{key} in round {index}"
+            assert torch.equal(value, old) != trained, f"{key} in round {index}"
         for key, value in now.buffers.items():
             assert not torch.equal(value, before.buffers[key]), f"{key} in round {index}"
         before = now
@@ -311,3 +307,18 @@ def test_stages_constants_server_data_and_personal_scores():
     with contextlib.closing(federation("staged", "ragged")) as one, contextlib.closing(federation("staged", "ragged", seed=1)) as other:
         assert form(one.constants) == {"offset": ((problem.CLASSES,), torch.float64)}
         assert not trees.equal(one.constants, other.constants)
+
+
+def test_a_trainable_subset_leaves_the_rest_alone():
+    """`Staged` trains the head alone in round 0: what clients send holds nothing else, and the rest stays bit for bit."""
+    with contextlib.closing(federation("staged", "batchnorm")) as running:
+        setting, phase = running.engine.setting, running.algorithm.phases(0, ROUNDS)[0]
+        ctx = running.context(phase, 1)
+        plans = setting.plans(ctx.round, 0, [0])
+        sink = Sink([0])
+        running.engine.cohort(ctx.round, 0, running.server, {}, plans, sink)
+        mean = sink.mean()
+        assert sorted(mean.params) == ["head.bias", "head.weight"]
+        new = running.algorithm.server_update(ctx, running.server, mean, torch.tensor(1.0))
+        for key, value in new.model.params.items():
+            assert torch.equal(value, running.server.model.params[key]) != key.startswith("head."), key

@@ -302,7 +302,7 @@ def test_npz_wrong_column_lists_those_found_and_a_near_match(tmp_path):
     path = save(tmp_path / "a.npz", X_train=np.zeros((2, 2)), y_train=np.zeros(2, int), x_test=np.zeros((2, 2)))
     with pytest.raises(DataError) as error:
         formats.read_npz(path)
-    for part in (str(path), "no array 'x_train'", "Found: X_train, y_train, x_test", "Did you mean 'X_train'?"):
+    for part in (str(path), "no array 'x_train'", "Found: X_train, y_train, x_test", "did you mean 'X_train'?"):
         assert part in str(error.value)
 
 

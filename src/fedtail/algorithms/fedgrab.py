@@ -16,7 +16,7 @@ DPA, at the server, on the rows of the aggregated classifier W:
 Gates, from the prior (rank 0 = most frequent), see `gate`. What the loop is: the *global* prior decides which classes the
 balancer may act on, or how often; the controller itself runs on the client's *local* sums, kept private over rounds.
 
-Differences from the authors' code (the specification's decisions): the weighted loss has exactly the gradient that their
+Differences from the authors' code (found by reading its release of November 2023): the weighted loss has exactly the gradient that their
 backward hook makes; the classifier is trained (theirs is frozen at the mean of random layers: `frozen_classifier`); DPA is
 used (theirs lists classes by id: `order = "class_id"`); every class has its own bypass probability (theirs counts
 bypasses: `bypass_counter`); u is really clipped (`limit = 0`: never); client weights are the client's own n_k.
@@ -84,7 +84,7 @@ def analyse(weight: Tensor) -> Tensor:
 
 
 def gate(prior: Tensor, rule: str, base: float) -> Gate:
-    """Returns the gate of a prior (classes,); an all-zero prior opens everything (specification, section 3.1).
+    """Returns the gate of a prior (classes,); an all-zero prior opens everything.
 
     "rank": q = base^(rank / (C - 1)); "sets": the classes that make up the first 95 % of the prior are closed;
     "sets+rank": the same, and "rank" within the rest; "ratio": q = prior / max prior; "none": q = 0.

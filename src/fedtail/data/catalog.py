@@ -4,7 +4,6 @@ Files stay in their official formats, in a folder for each set. The contents are
 load: that takes well below a second, so nothing about earlier checks needs to be remembered.
 """
 
-import difflib
 import hashlib
 import os
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 
 from fedtail.data import formats
 from fedtail.data.dataset import Dataset, Split, array_hashes, assemble, idx_hashes, stratified_split
-from fedtail.errors import ConfigError, DataError
+from fedtail.errors import ConfigError, DataError, did_you_mean
 
 Splits = tuple[Split, Split]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -247,10 +246,8 @@ def lookup(name: str) -> Entry:
         ConfigError: there is none of that name; says which names exist and which is near.
     """
     if name not in REGISTRY:
-        near = difflib.get_close_matches(name.lower(), REGISTRY, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"data.name: unknown data set {name!r}.{hint} Known: {', '.join(REGISTRY)}; or the path of an .npz "
+            f"data.name: unknown data set {name!r}{did_you_mean(name, REGISTRY)} Known: {', '.join(REGISTRY)}; or the path of an .npz "
             "file or of a folder of images."
         )
     return REGISTRY[name]

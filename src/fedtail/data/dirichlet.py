@@ -1,7 +1,7 @@
 """The draws behind the Dirichlet partitions: how many examples of each class each client gets.
 
-Sources: long-tail protocol, section 2.3 (multinomial, with the authors' generator sequence); label-skew baselines,
-section 7.2 (proportional).
+Sources: the experiments of Fed-GraB and FedLoGe (the authors' code) for the multinomial draw
+and its generator sequence; the usual label-skew split for the proportional one.
 """
 
 from bisect import bisect_left

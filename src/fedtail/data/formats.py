@@ -4,7 +4,6 @@ Every reader returns `Split`s with images as uint8 [N, C, H, W] and labels as in
 a `DataError` that names the file, what was expected and what was got.
 """
 
-import difflib
 import tarfile
 import zipfile
 import zlib
@@ -283,10 +282,8 @@ def _npz_split(path: Path, arrays: Mapping[str, npt.NDArray[Any]], names: Mappin
 def _check_columns(path: Path, required: Iterable[str], found: list[str]) -> None:
     for name in required:
         if name not in found:
-            near = difflib.get_close_matches(name.lower(), [other.lower() for other in found], 1, 0.5)
-            hint = "".join(f" Did you mean {other!r}?" for other in found if other.lower() in near)
             raise DataError(
-                f"{path}: no array {name!r}. Found: {', '.join(found) or 'none'}.{hint} Needed are x_train, y_train, "
+                f"{path}: no array {name!r}{did_you_mean(name, found)} Found: {', '.join(found) or 'none'}. Needed are x_train, y_train, "
                 "x_test and y_test, or x and y; say with columns what they are called in the file."
             )
 

@@ -1,6 +1,6 @@
 """Long-tail cuts: which examples of a balanced training set are kept so that class sizes fall from class 0 on.
 
-Source: long-tail protocol, section 2.2 (procedure and count table) and section 3 (formula).
+Source: the experiments of Fed-GraB and FedLoGe (the authors' code).
 """
 
 from abc import ABC, abstractmethod
@@ -58,7 +58,7 @@ class NoTail(LongTail):
 
 @dataclass(frozen=True, kw_only=True)
 class Exponential(LongTail):
-    """Class sizes fall exponentially: n_c = floor(n_max * factor^(-c / (C - 1))) (protocol section 3).
+    """Class sizes fall exponentially: n_c = floor(n_max * factor^(-c / (C - 1))).
 
     `cut` returns class after class, within a class in the order drawn.
     """
@@ -85,7 +85,7 @@ class Exponential(LongTail):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(LongTail):
-    """The first classes keep n_max examples each, the others floor(n_max / factor) (protocol section 2.2).
+    """The first classes keep n_max examples each, the others floor(n_max / factor).
 
     `cut` returns class after class, within a class in the order drawn.
     """

@@ -1,7 +1,7 @@
 """Partitions: which client holds which training examples; local test sets; the validation split.
 
-Sources: long-tail protocol, sections 2.3 (IID, multinomial Dirichlet) and 2.4 (local test sets); label-skew baselines,
-sections 7.2 (proportional Dirichlet) and 7.3 (class-specific, shards).
+Sources: the experiments of Fed-GraB and FedLoGe (the authors' code) for the multinomial Dirichlet
+split and the local test sets; the usual label-skew splits for the others. docs/data.md has every procedure.
 
 What cannot be made is answered here, before anything trains, with values that would work.
 """
@@ -66,7 +66,7 @@ class IID(Partition):
 
 @dataclass(frozen=True, kw_only=True)
 class DirichletMultinomial(Partition):
-    """Each example of class c goes to client k with probability p_kc, p_.c ~ Dirichlet(alpha) (protocol section 2.3).
+    """Each example of class c goes to client k with probability p_kc, p_.c ~ Dirichlet(alpha).
 
     Unlike the authors' code it draws the counts of a class at once; the distribution is the same.
     """
@@ -279,7 +279,7 @@ def describe_partition(partition: Partition) -> str:
 
 
 def local_test_counts(counts: Ints, num_test: int, pool: Ints) -> Ints:
-    """Returns m_kc = min(floor(N_test * n_kc / n_tot), pool_c), int64 [clients, C] (protocol sections 2.4 and 3).
+    """Returns m_kc = min(floor(N_test * n_kc / n_tot), pool_c), int64 [clients, C].
 
     Args:
         counts: n_kc of the training partition, int64 [clients, C].
@@ -294,7 +294,7 @@ def local_tests(m: Ints, test_labels: Ints, rng: Generator) -> list[Ints]:
     """Returns every client's local test set: ascending int64 indices into the test set, m[k, c] of class c.
 
     Drawn without replacement within a client and independently for every client, so the sets of two clients may overlap
-    and all are subsets of the global test set (protocol section 2.4).
+    and all are subsets of the global test set.
 
     Args:
         m: int64 [clients, C], from `local_test_counts`.

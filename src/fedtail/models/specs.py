@@ -16,36 +16,17 @@ do: whoever builds a network seeds that generator, and puts its state back.
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fedtail.errors import ConfigError
+from fedtail.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
 
 Norm = Literal["batch", "group"]
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error message that names the nearest known word.
-
-    Args:
-        word: What was asked for.
-        known: The words that exist.
-
-    Returns:
-        "; did you mean 'lenet'?", or "." if nothing is near.
-
-    >>> did_you_mean("lennet", ["mlp", "lenet"])
-    "; did you mean 'lenet'?"
-    """
-    by_lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=1)
-    return f"; did you mean '{by_lower[near[0]]}'?" if near else "."
 
 
 def split_target(target: str) -> tuple[str, str]:

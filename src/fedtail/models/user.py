@@ -14,8 +14,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from fedtail.errors import ConfigError
-from fedtail.models.specs import did_you_mean, split_target
+from fedtail.errors import ConfigError, did_you_mean
+from fedtail.models.specs import split_target
 
 
 def load_model(target: str, input_shape: tuple[int, ...], num_classes: int, options: Mapping[str, Any]) -> nn.Module:

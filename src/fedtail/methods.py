@@ -1,0 +1,178 @@
+"""Runs sorted into methods, and the numbers of a record that tables and pictures show."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fedtail import config
+from fedtail.algorithm import Algorithm
+from fedtail.errors import ConfigError
+from fedtail.runs import RunRecord
+
+IGNORED = ("seed", "engine", "checkpoint_every", "evaluation.every")
+"""Dotted keys that do not change the numbers of the last round, or (the seed) are averaged over."""
+ABSENT = "absent"
+"""Stands for the value of a key that a configuration does not have."""
+
+
+class Column(NamedTuple):
+    """A number that every evaluated round has, as a share in [0, 1]."""
+
+    key: str  # where it stands in a record: section.name
+    title: str  # in a table
+    words: str  # in full
+
+
+class Section(NamedTuple):
+    """Columns that were measured on the same test set."""
+
+    name: str  # of the record's entry
+    title: str
+    columns: tuple[Column, ...]
+
+
+def _section(name: str, title: str, **columns: tuple[str, str]) -> Section:
+    return Section(name, title, tuple(Column(f"{name}.{key}", *texts) for key, texts in columns.items()))
+
+
+_LOCAL = {
+    "mean": ("mean", "mean local accuracy"),
+    "std": ("spread", "spread of local accuracy"),
+    "worst_decile": ("worst decile", "accuracy of the worst decile"),
+}
+SECTIONS = (
+    _section(
+        "test", "Global model, global test set",
+        accuracy=("overall", "overall accuracy"), balanced_accuracy=("balanced", "balanced accuracy"),
+        head=("head", "head accuracy"), medium=("medium", "medium accuracy"), tail=("tail", "tail accuracy"),
+        macro_f1=("macro-F1", "macro-F1"),
+    ),
+    _section("local", "Global model, local test sets", **_LOCAL),
+    _section("personal", "Personal models, local test sets", **_LOCAL),
+)  # fmt: skip
+"""The tables, each of one test set."""
+
+
+class Method(NamedTuple):
+    """Runs that differ in the seed alone."""
+
+    label: str
+    runs: tuple[RunRecord, ...]  # ascending seed
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The runs' seeds."""
+        return tuple(run.config["seed"] for run in self.runs)
+
+    def values(self, key: str) -> dict[int, float | None]:
+        """Returns a column's number by seed, from the last evaluated round; None where there is none."""
+        section, _, name = key.partition(".")
+        return {seed: run.last.get(section, {}).get(name) for seed, run in zip(self.seeds, self.runs, strict=True)}
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a nested table by dotted keys; lists are values.
+
+    Example:
+        >>> flatten({"data": {"name": "digits"}, "seed": 0})
+        {'data.name': 'digits', 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
+
+
+def under(key: str, prefixes: Iterable[str]) -> bool:
+    """Says whether a dotted key is one of the prefixes or lies below one.
+
+    Example:
+        >>> under("data.longtail.factor", ["data.longtail"]), under("data.longtails", ["data.longtail"])
+        (True, False)
+    """
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def own(key: str) -> bool:
+    """Says whether a key is one of the algorithm's own hyper-parameters, in which methods may differ."""
+    return under(key, ["algorithm"]) and not under(key, ["algorithm.optimizer"])
+
+
+def differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the dotted keys in which flat tables differ, in their order there."""
+    keys = dict.fromkeys(key for table in tables for key in table)
+    return [k for k in keys if any(t.get(k, ABSENT) != tables[0].get(k, ABSENT) for t in tables)]
+
+
+def settings(table: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Returns "key=value" for keys of a flat table, without the word algorithm.
+
+    Example:
+        >>> settings({"algorithm.mu": 0.1}, ["algorithm.mu", "rounds"])
+        ['mu=0.1', 'rounds=absent']
+    """
+    return [f"{key.removeprefix('algorithm.')}={show(table.get(key, ABSENT))}" for key in keys]
+
+
+def show(value: Any) -> str:
+    """Returns a configuration's value as a reader expects it."""
+    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+def distinct(values: Iterable[str]) -> list[str]:
+    """Returns the values without repetition, in their order."""
+    return list(dict.fromkeys(values))
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Returns an algorithm's default hyper-parameters by dotted key; empty if not all of them have a default."""
+    try:
+        return flatten(config.to_dict(config.from_dict(Algorithm, {"name": name})), "algorithm.")
+    except ConfigError:
+        return {}
+
+
+def group(runs: Sequence[RunRecord]) -> tuple[Method, ...]:
+    """Sorts runs into methods: same configuration but for the seed and what does not change the numbers.
+
+    A label is the algorithm's name; where runs of one algorithm differ, their hyper-parameters that differ and are not
+    the default; where runs differ elsewhere, those keys too.
+
+    Args:
+        runs: in the order in which the methods shall stand.
+
+    Raises:
+        ConfigError: two runs of one method have the same seed.
+    """
+    found: dict[str, list[RunRecord]] = {}
+    tables: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        table = {k: v for k, v in flatten(run.config).items() if not under(k, IGNORED)}
+        identity = json.dumps(table, sort_keys=True)
+        found.setdefault(identity, []).append(run)
+        tables[identity] = table
+    labels = _labels(list(tables.values()))
+    methods = [Method(label, tuple(sorted(members, key=lambda run: run.config["seed"])))
+               for label, members in zip(labels, found.values(), strict=True)]  # fmt: skip
+    for method in methods:
+        for one, other in zip(method.runs, method.runs[1:], strict=False):
+            if one.config["seed"] == other.config["seed"]:
+                raise ConfigError(f"{one.folder} and {other.folder} are the same experiment with the same seed "
+                                  f"{one.config['seed']}. Name only one of them.")  # fmt: skip
+    return tuple(methods)
+
+
+def _labels(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a label for each of different flat configurations."""
+    elsewhere = [k for k in differing(tables) if not own(k)]
+    names = [table["algorithm.name"] for table in tables]
+    short = {name: name.rpartition(".py:")[2] for name in names}  # "Name" for a user's own "folder/file.py:Name"
+    labels: list[str] = []
+    for name, table in zip(names, tables, strict=True):
+        siblings = [other for other in tables if other["algorithm.name"] == name]
+        default = defaults(name)
+        keys = [k for k in differing(siblings) if own(k) and table.get(k, ABSENT) != default.get(k)]
+        parts = settings(table, [*keys, *elsewhere])
+        unique = list(short.values()).count(short[name]) == 1
+        labels.append((short[name] if unique else name) + (f" ({', '.join(parts)})" if parts else ""))
+    return labels
