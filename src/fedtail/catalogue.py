@@ -45,7 +45,9 @@ def option_docs(cls: ast.ClassDef) -> list[tuple[str, str, str]]:
     """Returns (name, default, description) of the fields of a dataclass: a string below a field describes it."""
     found: list[tuple[str, str, str]] = []
     for field, below in zip(cls.body, [*cls.body[1:], None], strict=True):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if not ast.unparse(field.annotation).startswith("ClassVar"):  # a declaration, no option
             text = ""
             if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
                 text = inspect.cleandoc(str(below.value.value))
@@ -70,7 +72,7 @@ def show(name: str) -> str:
         if file is None:
             raise ConfigError(f"the source of {name!r} cannot be found.")
         module, class_name = ast.parse(Path(file).read_text()), cls.__name__
-    node = next(n for n in module.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+    node = next(n for n in ast.walk(module) if isinstance(n, ast.ClassDef) and n.name == class_name)
     options = [f"  {field:20}{default:16}{text}" for field, default, text in option_docs(node)]
     shared = "  optimizer           SGD()           What a client steps with (every algorithm has it)."
     return "\n".join(

@@ -269,7 +269,9 @@ def parse_experiment(verb: str, options: type, arguments: list[str]) -> Any:
 
     file = arguments[0] if arguments and not arguments[0].startswith("-") else ""
     if late := [word for word in arguments[1:] if word.endswith(".toml") and not word.startswith("-")]:
-        raise ConfigError(f"{late[0]}: the experiment comes first, and there is one: fedtail {verb} {late[0]} --rounds 50")
+        raise ConfigError(
+            f"{late[0]}: the experiment comes first, and there is one: fedtail {verb} {late[0]} --rounds 50"
+        )
     table = config.to_dict(config.load(file) if file else config.Experiment())
     rest = config.pick_names(table, arguments[1:] if file else arguments)
     experiment: Experiment = config.from_dict(config.Experiment, table)

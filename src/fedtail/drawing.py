@@ -107,7 +107,7 @@ def integers(axis: Any) -> None:
     """Labels an axis with about six whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
 
 
 def name_classes(axis: Any, order: Ints, first: str) -> None:

@@ -192,7 +192,7 @@ def curves(runs: Sequence[RunRecord], metrics: Sequence[str] = ("test.accuracy",
     """
     methods = group(runs)
     figure = new_figure(0.5 + 1.55 * len(metrics) + 0.13 * len(methods))
-    panels = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
+    panels, before = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0], ""
     for axes, metric in zip(panels, metrics, strict=True):
         where, name = TITLES.get(metric, ("", metric))
         percent = 100 if metric in TITLES else 1
@@ -202,7 +202,9 @@ def curves(runs: Sequence[RunRecord], metrics: Sequence[str] = ("test.accuracy",
             band(axes, rounds, percent * values, style, method.label)
         if not axes.lines or not any(len(line.get_xdata()) for line in axes.lines):  # type: ignore[arg-type]
             raise ConfigError(f"no run records {metric!r}; known are {', '.join(_known(runs))}.")
-        axes.set_title(where)
+        if axes is panels[0] or where != before:
+            axes.set_title(where)
+        before = where
         axes.set_ylabel(f"{name[0].upper()}{name[1:]} (%)" if where else name)
         axes.grid(axis="y")
     panels[-1].set_xlabel("Round")

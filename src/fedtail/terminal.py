@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: its cost beforehand, live progress, the scores at the end."""
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -60,20 +61,22 @@ def follow(rounds: Iterator[RoundResult], federation: Federation, folder: Path) 
                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[scores]}"))  # fmt: skip
     result: RoundResult | None = None
     scores: dict[str, Any] | None = None
+    done = federation.round
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task(f"{method(experiment)} seed {experiment.seed}", total=experiment.rounds,
                                 completed=federation.round, scores="")  # fmt: skip
             for result in rounds:
+                done = result.index + 1
                 scores = result.record.get("test", scores)
                 line = _line(scores, result.record.get("train", {}).get("loss"))
-                bar.update(task, completed=result.index + 1, scores=line)
+                bar.update(task, completed=done, scores=line)
                 if not console.is_terminal and "test" in result.record:
-                    print(f"round {result.index + 1}/{result.rounds}  {line}", file=sys.stderr, flush=True)
+                    print(f"round {done}/{result.rounds}  {line}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        done = federation.round
-        print(f"\nstopped after {done} of {experiment.rounds} rounds; nothing is lost. Continue with: fedtail resume {folder}",
-              file=sys.stderr)  # fmt: skip
+        kept = done - done % experiment.checkpoint_every
+        print(f"\nstopped after {done} of {experiment.rounds} rounds, {kept} are saved. Continue with: "
+              f"fedtail resume {shlex.quote(str(folder))}", file=sys.stderr)  # fmt: skip
         raise SystemExit(130) from None
     if result is not None:
         print(scores_table({k: v for k, v in result.record.items() if isinstance(v, dict) and "test_set" in v}))

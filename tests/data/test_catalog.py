@@ -310,7 +310,7 @@ def test_a_path_is_never_taken_for_a_name(tmp_path, monkeypatch):
 
 def test_unknown_name_has_near_matches():
     with pytest.raises(
-        ConfigError, match=r"unknown data set 'CIFAR-10'\. did you mean 'cifar10'\? Known: digits, fashion"
+        ConfigError, match=r"unknown data set 'CIFAR-10'; did you mean 'cifar10'\? Known: digits, fashion"
     ):
         load("CIFAR-10")
 

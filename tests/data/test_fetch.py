@@ -415,5 +415,5 @@ def test_add_where_the_cache_cannot_be_written(tiny, cache, tmp_path):
 def test_add_of_digits_and_of_an_unknown_name(cache, tmp_path):
     with pytest.raises(DataError, match="comes with fedtail"):
         fetch.add("digits", tmp_path)
-    with pytest.raises(ConfigError, match="Did you mean 'mnist'"):
+    with pytest.raises(ConfigError, match="did you mean 'mnist'"):
         fetch.add("mnits", tmp_path)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from fedtail.data.dataset import Split, channels_first, stratified_split
-from fedtail.errors import ConfigError, DataError
+from fedtail.errors import ConfigError, DataError, did_you_mean
 
 IDX_NAMES = (
     "train-images-idx3-ubyte",
