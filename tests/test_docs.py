@@ -7,6 +7,7 @@ import tomllib
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fedtail
@@ -100,7 +101,7 @@ def test_all_pages_are_on_the_map():
             assert str(page.relative_to(ROOT / "docs")) in text
 
 
-def test_no_page_names_a_published_number_or_an_internal_path():
+def test_no_page_refers_to_what_is_not_part_of_the_project():
     for page in LINKED:
         assert not re.search(r"/work|\bshared/|\bspecs/", page.read_text()), page
 
@@ -110,8 +111,15 @@ def test_no_page_names_a_published_number_or_an_internal_path():
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 PLAIN = {"Experiment": "", "data": "data.", "local": "local.", "participation": "participation.",
          "evaluation": "evaluation.", "engine": "engine."}  # fmt: skip
-POLYMORPHIC = {"algorithm": Algorithm, "algorithm.optimizer": Optimizer, "data.longtail": LongTail,
-               "data.partition": Partition, "model": ModelSpec, "schedule": Schedule, "evaluation.groups": GroupRule}  # fmt: skip
+POLYMORPHIC = {
+    "algorithm": Algorithm,
+    "algorithm.optimizer": Optimizer,
+    "data.longtail": LongTail,
+    "data.partition": Partition,
+    "model": ModelSpec,
+    "schedule": Schedule,
+    "evaluation.groups": GroupRule,
+}
 
 
 def _value(cell):
@@ -188,7 +196,7 @@ def test_data_page_names_every_set_long_tail_and_partition_with_its_options():
     for heading, registry in (("Long tails", LONGTAILS), ("Partitions", PARTITIONS)):
         rows = {row[0]: row for row in _rows(sections[heading])}
         for name, cls in registry.items():
-            options = {option for option in re.findall(r"\w+", rows[name][2])}
+            options = set(re.findall(r"\w+", rows[name][2]))
             assert options == {field.name for field in dataclasses.fields(cls)}, name
 
 
@@ -196,14 +204,11 @@ def test_data_page_gives_the_class_sizes_that_the_cut_makes():
     for name, factor, sizes, total in _rows(_sections(ROOT / "docs" / "data.md")["Long tails"])[5:]:
         largest = {"cifar10": 5000, "fashion-mnist": 6000, "digits": 126}[name]
         counts = [int(n) for n in sizes.split()]
-        assert counts == LONGTAILS["exponential"](factor=float(factor), num_max=largest).counts(_ten(largest)).tolist()
+        assert (
+            counts
+            == LONGTAILS["exponential"](factor=float(factor), num_max=largest).counts(np.full(10, largest)).tolist()
+        )
         assert f"{sum(counts):,}" == total
-
-
-def _ten(largest):
-    import numpy as np
-
-    return np.full(10, largest)
 
 
 def test_metrics_page_names_every_key_of_a_record():

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from fedtail import config, runs
 from fedtail.algorithm import Batch, Context, Phase, Round
@@ -26,7 +25,7 @@ from fedtail.engines import choose, make_engine
 from fedtail.engines.base import Engine, Setting, Sink
 from fedtail.errors import CheckpointError, ConfigError, FedtailError, TrainingError
 from fedtail.evaluate import Judge, Split, shot_groups
-from fedtail.federation import federate, make_task
+from fedtail.federation import Predictor, federate, make_task
 from fedtail.seeds import Stream, generator
 from fedtail.task import Variables
 from fedtail.trees import Tree, all_finite
@@ -197,8 +196,8 @@ class Federation:
         self.round += 1
         self._set_stage(stage)
 
-    def module(self, client: int | None = None) -> nn.Module:
-        """Returns the trained network as a plain module in evaluation mode."""
+    def module(self, client: int | None = None) -> Predictor:
+        """Returns the trained network with its input scaling, in evaluation mode."""
         task = self.engine.setting.task
         with torch.no_grad():
             message = self.algorithm.broadcast(self.context(), self.server)
@@ -207,7 +206,7 @@ class Federation:
         module = copy.deepcopy(task.module)
         known = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
         module.load_state_dict({k: v for k, v in {**variables.params, **variables.buffers}.items() if k in known})
-        return module.eval()
+        return Predictor(module, self.data.mean, self.data.std).eval()
 
 
 def plain(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -283,8 +282,8 @@ def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
     return federation
 
 
-def load(folder: str | Path, client: int | None = None, checkpoint: str = "checkpoint") -> nn.Module:
-    """Returns a run's model, ready to predict on prepared inputs.
+def load(folder: str | Path, client: int | None = None, checkpoint: str = "checkpoint") -> Predictor:
+    """Returns a run's model, ready to predict: raw images (uint8, or float in 0..1) or features in, logits out.
 
     Args:
         folder: the run.

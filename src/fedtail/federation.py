@@ -1,12 +1,15 @@
 """From an experiment to what an engine needs: the federated data and the task."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from fedtail.config import Data, Experiment
 from fedtail.data.catalog import load
 from fedtail.data.dataset import Dataset
-from fedtail.data.federated import FederatedData
+from fedtail.data.federated import FederatedData, prepare
 from fedtail.data.partition import Natural, local_test_counts, local_tests, validation_split
 from fedtail.errors import ConfigError
 from fedtail.seeds import Stream, generator
@@ -53,6 +56,25 @@ def _sources(dataset: Dataset, options: Data, examples: int) -> tuple[str, ...]:
         f"long tail: {options.longtail!r}, {examples} training examples",
         f"partition: {who}",
     )
+
+
+class Predictor(nn.Module):
+    """A trained network with its input scaling: raw images in, logits out.
+
+    Args:
+        network: the network, in evaluation mode.
+        mean: per channel, on the scale 0..1; empty: inputs are not normalised.
+        std: likewise.
+    """
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.network, self.mean, self.std = network, tuple(mean), tuple(std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns logits [N, classes] for uint8 images (0..255), float images (0..1) or features, [N, ...]."""
+        dtype = next(self.network.parameters()).dtype
+        return self.network(prepare(x, dtype, self.mean, self.std))
 
 
 def make_task(experiment: Experiment, data: FederatedData) -> Task:

@@ -85,7 +85,7 @@ def report(
         "<h2>Pictures</h2>", f'<div class="figures">{"".join(_pictures(comparison.methods, runs))}</div>',
         "<h2>What was run</h2>", _facts(_experiment(comparison.methods, runs)),
         "<h2>How to repeat it</h2>", f"<pre>{escape(command)}</pre>", _facts(_machine(runs)),
-        "<h3>The runs</h3>", _facts((str(run.folder), f"<code>{escape(_command(run))}</code>") for run in runs),
+        "<h3>The runs</h3>", _facts((run.folder.name, f"<code>{escape(_command(run))}</code>") for run in runs),
         "<h2>What the numbers mean</h2>", _facts(_definitions(runs)),
     ]  # fmt: skip
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
@@ -182,8 +182,8 @@ def _experiment(methods: Sequence[Method], runs: Sequence[RunRecord]) -> list[tu
 
 def _sizes(run: RunRecord) -> str:
     totals = run.counts.sum(0)
-    return (f"{totals.sum()} in {len(totals)} classes, the largest {totals.max()}, the smallest {totals.min()}; "
-            f"global test set: see the tables")  # fmt: skip
+    return (f"{totals.sum()} in {len(totals)} classes, the largest {totals.max()}, the smallest {totals.min()} "
+            f"(seed {run.config['seed']})")  # fmt: skip
 
 
 def _clients(run: RunRecord) -> str:

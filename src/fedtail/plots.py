@@ -72,7 +72,8 @@ def partition(counts: Ints) -> "Figure":
     if classes <= FEW:
         for row, total in enumerate(totals[order]):
             bars.annotate(f"{total}", (total, row), (2, 0), textcoords="offset points", va="center", fontsize=6.5)
-        bars.set_xticks([])
+        bars.set_xticks([0], [" "])
+        bars.tick_params(bottom=False)
     ticks, plain = plain_logarithmic(1, top)
     bar = figure.colorbar(image, ax=[cells, bars], location="bottom", aspect=40, pad=0.02, ticks=ticks, format=plain)
     bar.minorticks_off()
@@ -257,7 +258,7 @@ def prior(run: RunRecord) -> "Figure":
     shares.plot(100 * estimates[-1], "o", color=COLOURS[1], markersize=size, label=f"estimate after round {rounds[-1]}")
     name_classes(shares.xaxis, order, "left")
     shares.set_ylabel("Share of the examples (%)")
-    shares.set_title("Class prior: estimated and true")
+    shares.set_title(f"Class prior of {_title(run)}: estimated and true")
     course.plot(rounds, np.abs(estimates - true).sum(1), color=COLOURS[0], label="L1 distance (0: equal)")
     course.plot(
         rounds, [spearman(e, true) for e in estimates], "--", color=COLOURS[1], label="Spearman (1: same order)"
@@ -271,9 +272,12 @@ def prior(run: RunRecord) -> "Figure":
     return figure
 
 
+def _title(run: RunRecord) -> str:
+    return f"{group([run])[0].label}, seed {run.config['seed']}"
+
+
 def _lacks(run: RunRecord, what: str, part: str) -> ConfigError:
-    name = run.config["algorithm"]["name"]
-    return ConfigError(f"{run.folder} ({name}) records no {what}: only methods with {part}, such as fedgrab, do. "
+    return ConfigError(f"{run.folder} ({group([run])[0].label}) records no {what}: only methods with {part}, such as fedgrab, do. "
                        "Name a run of one.")  # fmt: skip
 
 
@@ -306,7 +310,7 @@ def balance(run: RunRecord) -> "Figure":
     axes.set_xlabel("Round")
     integers(axes.xaxis)
     name_classes(axes.yaxis, order, "top")
-    axes.set_title("Balance of the gradients by class")
+    axes.set_title(f"Balance of the gradients by class, {_title(run)}")
     return figure
 
 

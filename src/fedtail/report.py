@@ -231,7 +231,8 @@ def in_words(comparison: Comparison) -> list[str]:
     if not others:
         known = [(text, comparison.summary(base, key)) for key, text in _WORDS]
         parts = [f"{s.text(s.n)} % {text}" for text, s in known if s.mean is not None]
-        return [f"{base.label} gets {', '.join(parts)} ({_count(len(base.runs), 'seed')})."]
+        seeds = "1 seed" if len(base.runs) == 1 else f"{len(base.runs)} seeds"
+        return [f"{base.label} gets {', '.join(parts)} ({seeds})."]
     return [_against(comparison, method, base) for method in others]
 
 
@@ -261,17 +262,13 @@ def _against(comparison: Comparison, method: Method, base: Method) -> str:
         known = [(x, y) for x, y in pairs if x is not None and y is not None]
         if known:
             mine, theirs = 100 * np.mean(known, axis=0)
-            higher = sum(x > y for x, y in known)
+            higher = "" if len(known) == 1 else f", higher in {sum(x > y for x, y in known)} of {len(known)} seeds"
             name = (f"{method.label} gets ", f" of {base.label}") if not parts else ("", "")
             parts.append(f"{text} {name[0]}{mine:.1f} % against {theirs:.1f} %{name[1]} "
-                         f"({mine - theirs:+.1f} points, higher in {higher} of {_count(len(known), 'seed')})")  # fmt: skip
-    one = " A single seed may be chance: repeat with others." if len(common) == 1 else ""
+                         f"({mine - theirs:+.1f} points{higher})")  # fmt: skip
     said = "; ".join(parts)
-    return f"{said[:1].upper()}{said[1:]}. {_verdict(comparison, method)}{one}".strip()
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+    last = "This is a single seed: repeat with others." if len(common) == 1 else _verdict(comparison, method)
+    return f"{said[:1].upper()}{said[1:]}. {last}".strip()
 
 
 def _verdict(comparison: Comparison, method: Method) -> str:

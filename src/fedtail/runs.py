@@ -87,13 +87,14 @@ def save_checkpoint(path: Path, snapshot: Snapshot) -> None:
                "client_ids": torch.tensor(ids, dtype=torch.int64)}  # fmt: skip
     meta = {"format": FORMAT, **snapshot.meta, "server": describe(snapshot.server), "clients": describe(clients)}
     unshared = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    text = json.dumps(meta, sort_keys=True)
-    write_atomic(path, save(unshared, {"fedtail": text, "sha256": _digest(text, unshared)}))
+    meta["sha256"] = _digest(meta, unshared)
+    # One entry only: safetensors writes several in an order that differs from process to process.
+    write_atomic(path, save(unshared, {"fedtail": json.dumps(meta)}))
 
 
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+def _digest(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Returns the SHA-256 of all that a checkpoint says: safetensors itself would not notice a changed byte."""
-    digest = hashlib.sha256(text.encode())
+    digest = hashlib.sha256(json.dumps(meta).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
@@ -117,11 +118,9 @@ def load_checkpoint(path: Path, fingerprint: str | None = None, device: str = "c
         raise CheckpointError(f"there is no checkpoint {path}. {remedy}")
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            header = file.metadata()
-            meta = json.loads(header["fedtail"])
+            meta = json.loads(file.metadata()["fedtail"])
             leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        digest = _digest(header["fedtail"], leaves)
-        if header.get("sha256", digest) != digest:
+        if meta.pop("sha256", None) not in (None, _digest(meta, leaves)):
             raise ValueError("its contents do not have the SHA-256 that was written with them")
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise CheckpointError(

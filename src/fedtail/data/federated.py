@@ -14,6 +14,17 @@ from fedtail.errors import DataError
 Array = np.ndarray[Any, Any]
 
 
+def prepare(x: Tensor, dtype: torch.dtype, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Scales uint8 images [N, C, ...] to 0..1 and normalises by channel; float inputs are taken to be scaled already."""
+    out = x.to(dtype, copy=True)
+    if x.dtype == torch.uint8:
+        out.div_(255)
+    if mean:
+        shape = (-1, *[1] * (x.dim() - 2))
+        out.sub_(out.new_tensor(mean).view(shape)).div_(out.new_tensor(std).view(shape))
+    return out
+
+
 @dataclass(frozen=True)
 class FederatedData:
     """Training columns with their owners, and the test set with each client's local part of it.
@@ -67,14 +78,8 @@ class FederatedData:
         return np.stack([np.bincount(y[t], minlength=self.num_classes) for t in self.local_tests]).astype(np.int64)
 
     def prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Turns raw inputs into what the network sees: images are scaled to 0..1 and normalised by channel."""
-        out = x.to(dtype, copy=True)
-        if x.dtype == torch.uint8:
-            out.div_(255)
-        if self.mean:
-            shape = (-1, *[1] * (x.dim() - 2))
-            out.sub_(out.new_tensor(self.mean).view(shape)).div_(out.new_tensor(self.std).view(shape))
-        return out
+        """Turns raw inputs into what the network sees."""
+        return prepare(x, dtype, self.mean, self.std)
 
     def gather(
         self, index: Tensor, dtype: torch.dtype, draws: Mapping[str, Tensor], columns: Sequence[str]
