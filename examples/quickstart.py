@@ -6,7 +6,7 @@ python examples/quickstart.py
 import torch
 
 import fedtail
-from fedtail.federation import federate
+from fedtail.data.catalog import load as load_data
 
 FOLDER = "runs/quickstart"
 
@@ -25,11 +25,11 @@ def main() -> None:
     print(f"head {test['head']:.3f}   medium {test['medium']:.3f}   tail {test['tail']:.3f}")
     print(f"clients on their own test sets: mean {local['mean']:.3f}, worst tenth {local['worst_decile']:.3f}")
 
-    model = fedtail.load(FOLDER)  # a plain torch.nn.Module in evaluation mode
-    data = federate(experiment.data, experiment.seed)
-    images, labels = data.test["x"][:10], data.test["y"][:10]
+    model = fedtail.load(FOLDER)  # a torch.nn.Module in evaluation mode that takes raw images
+    digits = load_data("digits").test
+    images, labels = torch.from_numpy(digits.x[:10]), digits.y[:10]  # uint8 [10, 1, 8, 8]
     with torch.no_grad():
-        predicted = model(data.prepare(images, torch.float32)).argmax(1)  # prepare: scale and normalise
+        predicted = model(images).argmax(1)
     print(f"true      {labels.tolist()}")
     print(f"predicted {predicted.tolist()}")
 

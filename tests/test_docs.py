@@ -232,3 +232,9 @@ def test_metrics_page_names_every_key_of_a_record():
 def test_every_public_name_is_on_the_index():
     named = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "index.md").read_text()))
     assert set(fedtail.__all__) <= named
+
+
+def test_contributing_names_targets_of_the_makefile():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z]+)`", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert {"test", "lint", "demo"} <= named <= targets

@@ -277,8 +277,8 @@ def _title(run: RunRecord) -> str:
 
 
 def _lacks(run: RunRecord, what: str, part: str) -> ConfigError:
-    return ConfigError(f"{run.folder} ({group([run])[0].label}) records no {what}: only methods with {part}, such as fedgrab, do. "
-                       "Name a run of one.")  # fmt: skip
+    name = group([run])[0].label
+    return ConfigError(f"{run.folder} ({name}) records no {what}: only methods with {part} do. Name a fedgrab run.")
 
 
 @styled

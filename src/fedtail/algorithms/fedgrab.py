@@ -94,15 +94,10 @@ def gate(prior: Tensor, rule: str, base: float) -> Gate:
     rank = torch.argsort(order)
     known, zero = prior.sum() > 0, torch.zeros_like(prior)
     share = prior[order].cumsum(0) / prior.sum().clamp(min=tiny)
-    tail = (
-        share < 0.95 - 1e-9
-    ).sum() + 1  # rank of the first tail class (1e-9: sums that should be .95 may be below it)
+    tail = (share < 0.95 - 1e-9).sum() + 1  # rank of the first tail class; 1e-9: a sum of shares may fall short of .95
     start = tail if rule == "sets+rank" else torch.zeros_like(tail)
     closed = (rank < tail) & known & rule.startswith("sets")
-    if rule in (
-        "rank",
-        "sets+rank",
-    ):  # base^(position / (size - 1)) among the classes from `start` on; 1 for a single one
+    if rule in ("rank", "sets+rank"):  # base^(position / (size - 1)) among the classes from `start` on; a single one: 1
         bypass = base ** ((rank - start).clamp(min=0) / (classes - 1 - start).clamp(min=1))
     else:
         bypass = prior / prior.max().clamp(min=tiny) if rule == "ratio" else zero

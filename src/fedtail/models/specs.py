@@ -17,7 +17,6 @@ do: whoever builds a network seeds that generator, and puts its state back.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 

@@ -1,0 +1,504 @@
+"""Engines: what they say when something fails, how they add, and which one is chosen."""
+
+import contextlib
+import dataclasses
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from contract_problem import CLASSES, federated
+from torch import Tensor, nn
+
+from fedtail import SGD, EngineOptions, Experiment, FedAvg, FedGraB, LocalWork, trees
+from fedtail.algorithm import Algorithm, Phase
+from fedtail.data.federated import FederatedData
+from fedtail.engines import choose, make_engine
+from fedtail.engines.base import Result, Sink
+from fedtail.errors import ConfigError, DataError, TrainingError
+from fedtail.experiment import Federation
+from fedtail.local import Local, delta, descend, sgd_step, start
+from fedtail.losses import cross_entropy
+from fedtail.models.specs import MLP, ModelSpec
+from fedtail.optim import Adam
+from fedtail.task import Variables, build_task
+
+ENGINES = [EngineOptions(name="loop"), EngineOptions(name="parallel", workers=2), EngineOptions(name="vmap")]
+every_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.name)
+SIZES = (6, 4, 8)
+
+
+def federation(algorithm, engine, data=None, model=MLP(hidden=(4,)), work=LocalWork(epochs=1, batch_size=4), **more):
+    whole = Experiment(rounds=2, algorithm=algorithm, model=model, local=work, engine=engine, dtype="float64", **more)
+    return Federation(whole, data if data is not None else federated(SIZES, images=False))
+
+
+def step(*args, **kwargs):
+    with contextlib.closing(federation(*args, **kwargs)) as running:
+        record = running.step()
+        return record, running.server
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def poisoned(client, value=float("nan")):
+    """Data in which the second batch of one client (in order of indices) holds a bad number."""
+    data = federated(SIZES, images=False)
+    x = data.columns["x"].clone()
+    x[int(data.owners[client][-1])] = value
+    return dataclasses.replace(data, columns={**data.columns, "x": x})
+
+
+@every_engine
+def test_a_loss_that_is_not_a_number_names_client_round_step_and_remedy(engine):
+    data = poisoned(client=2)
+    with contextlib.closing(federation(FedAvg(), engine, data)) as running:
+        plan = running.engine.setting.plans(running.context().round, 0, [2])[2]
+        bad = int(np.flatnonzero(plan.order == data.owners[2][-1])[0]) // 4
+        with pytest.raises(TrainingError) as found:
+            running.step()
+    message = str(found.value)
+    assert message.startswith(f"The loss is nan on client 2 in round 0, at local step {bad}. ")
+    assert "Lower algorithm.optimizer.lr, set algorithm.optimizer.clip" in message
+
+
+@every_engine
+def test_divergence_is_noticed(engine):
+    with pytest.raises(TrainingError, match=r"client \d in round 0.*Lower algorithm.optimizer.lr"):
+        step(FedAvg(optimizer=SGD(lr=1e200)), engine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(Algorithm):
+    """FedAvg that fails where it is told to."""
+
+    where: str = ""
+
+    def fail(self, name):
+        if name == self.where:
+            raise ValueError("deliberate")
+
+    def init_server(self, ctx, rng):
+        self.fail("init_server")
+        return ctx.task.initial
+
+    def broadcast(self, ctx, server):
+        self.fail("broadcast")
+        return server
+
+    def phases(self, index, rounds):
+        return (Phase(reduce="collect" if self.where == "server_collect" else "mean"),)
+
+    def local_init(self, ctx, message, client):
+        self.fail("local_init")
+        return start(self.optimizer, message)
+
+    def local_step(self, ctx, message, client, local, batch):
+        if self.where == "local_step" and len(batch.y) == 2:  # the short last batch of the client with 6 examples
+            raise ValueError("deliberate")
+
+        def objective(v, extra):
+            risk, v = cross_entropy(ctx.task, v, batch)
+            return risk, (v, extra, {})
+
+        return sgd_step(ctx, local, objective, self.optimizer)
+
+    def local_final(self, ctx, message, client, local):
+        self.fail("local_final")
+        update = delta(message, local.variables)
+        if self.where == "update":
+            update = trees.tree_map(lambda t: t / 0, update)
+        return update, client
+
+    def weight(self, ctx):
+        self.fail("weight")
+        return ctx.here.examples
+
+    def server_update(self, ctx, server, mean, total):
+        self.fail("server_update")
+        if self.where == "server":
+            return trees.tree_map(lambda t: t / 0, server)
+        return descend(server, mean)
+
+    def server_collect(self, ctx, server, updates, weights):
+        self.fail("server_collect")
+        return server
+
+    def advance(self, ctx, server, metrics):
+        self.fail("advance")
+        return 0, server
+
+    def diagnostics(self, ctx, server):
+        self.fail("diagnostics")
+        return {}
+
+
+ONE = federated((6,), images=False)
+
+
+@pytest.mark.parametrize("engine", ENGINES[:2], ids=lambda e: e.name)
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [("local_init", "local_init of"), ("local_step", "local_step at step 1 of"), ("local_final", "local_final of"), ("weight", "of")],
+)
+def test_an_exception_on_a_client_names_client_stage_step_and_remedy(where, words, engine):
+    with pytest.raises(TrainingError) as found:
+        step(Broken(where=where), engine, ONE)
+    message = str(found.value)
+    assert message.startswith("Client 0 failed in ")
+    assert f"{words} round 0: ValueError: deliberate" in message
+    assert 'engine.name = "loop"' in message
+    assert isinstance(found.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("where", ["local_init", "local_final", "weight"])
+def test_an_exception_under_vmap_names_method_round_and_clients(where):
+    with pytest.raises(TrainingError, match=r"Broken failed in the vmap engine in round 0 \(clients \[2, 0, 1\]\): ValueError: deliberate"):
+        step(Broken(where=where), ENGINES[2])
+
+
+@every_engine
+@pytest.mark.parametrize("where", ["init_server", "broadcast", "server_update", "server_collect", "diagnostics", "advance"])
+def test_an_exception_on_the_server_names_the_method(where, engine):
+    with pytest.raises(TrainingError, match=f"^The algorithm failed in {where}: ValueError: deliberate") as found:
+        with contextlib.closing(federation(Broken(where=where), engine)) as running:
+            running.advance(running.step())
+    assert isinstance(found.value.__cause__, ValueError)
+
+
+@every_engine
+def test_an_update_or_a_server_state_that_is_not_finite(engine):
+    with pytest.raises(TrainingError, match=r"^The update of client \d in round 0 is not finite \(first in params/hidden1.0.weight\)"):
+        step(Broken(where="update"), engine)
+    with pytest.raises(TrainingError, match="^The server state is not finite after round 0.*server_lr"):
+        step(Broken(where="server"), engine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branching(FedAvg):
+    """Breaks the rule that nothing may branch on a tensor's value."""
+
+    def local_step(self, ctx, message, client, local, batch):
+        factor = 2.0 if batch.x.sum() > 0 else 1.0
+
+        def objective(v, extra):
+            risk, v = cross_entropy(ctx.task, v, batch)
+            return factor * risk, (v, extra, {})
+
+        return sgd_step(ctx, local, objective, self.optimizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guessing(FedAvg):
+    """Draws its own random numbers."""
+
+    def local_final(self, ctx, message, client, local):
+        update = delta(message, local.variables)
+        return trees.tree_map(lambda t: t + torch.rand_like(t), update), client
+
+
+@pytest.mark.parametrize("algorithm", [Branching(), Guessing()], ids=lambda a: type(a).__name__)
+def test_vmap_names_the_rule_that_was_broken(algorithm):
+    with pytest.raises(TrainingError) as found:
+        step(algorithm, ENGINES[2])
+    message = str(found.value)
+    assert message.startswith(f"{type(algorithm).__name__} failed in the vmap engine in round 0")
+    assert "A method must not branch on a tensor's value, call .item() or draw random numbers of its own." in message
+    assert 'engine.name = "loop"' in message
+
+
+@every_engine
+def test_a_forgotten_column_names_what_there_is(engine):
+    @dataclass(frozen=True, kw_only=True)
+    class Taught(FedAvg):
+        columns = ("x", "y", "teacher")
+
+    with pytest.raises(DataError, match=r"wants the column 'teacher'; the data have \['x', 'y'\]"):
+        step(Taught(), engine)
+
+
+class Normed(nn.Module):
+    """BatchNorm on vectors: a batch of one has no statistics."""
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.low, self.norm, self.head = nn.Linear(width, 4), nn.BatchNorm1d(4), nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.head(self.norm(self.low(x)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormedSpec(ModelSpec):
+    """Normed as a model."""
+
+    def build(self, input_shape, num_classes):
+        return Normed(*input_shape, num_classes)
+
+
+@every_engine
+def test_batch_norm_and_a_batch_of_one(engine):
+    """Clients of 5, 1 and 4 examples in batches of 4: two batches of one. Left out with min_batch = 2, and client 1 with them."""
+    data = federated((5, 1, 4), images=False)
+    with pytest.raises(TrainingError) as found:
+        step(FedAvg(), engine, data, NormedSpec())
+    assert "Expected more than 1 value per channel" in str(found.value)
+    assert "local.min_batch = 2" in str(found.value)
+    record, server = step(FedAvg(), engine, data, NormedSpec(), LocalWork(epochs=1, batch_size=4, min_batch=2))
+    assert record["train"]["clients"] == 2
+    assert trees.all_finite(server)
+    assert int(server.buffers["norm.num_batches_tracked"]) == 1
+
+
+def test_nobody_left_is_an_error_before_anything_runs():
+    with pytest.raises(ConfigError, match=r"local.min_batch leave no client with a batch"):
+        federation(FedAvg(), ENGINES[0], federated((1, 1), images=False), work=LocalWork(batch_size=4, min_batch=2))
+
+
+# What every engine gives an algorithm ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curious(FedAvg):
+    """Reports what it is told about a client, from every method that runs on one."""
+
+    def init_client(self, ctx, message, rng):
+        return {"index": ctx.here.index.to(ctx.task.dtype), "steps": ctx.here.steps * 1}
+
+    def local_step(self, ctx, message, client, local, batch):
+        local, metrics = FedAvg.local_step(self, ctx, message, client, local, batch)
+        return local, {**metrics, "size": batch.size, "ones": batch.sum(torch.ones_like(batch.y, dtype=ctx.task.dtype))}
+
+    def local_final(self, ctx, message, client, local):
+        here = ctx.here
+        told = {"index": here.index * 1.0, "examples": here.examples * 1, "counts": here.counts * 1, "steps": here.steps * 1}
+        return {"model": delta(message, local.variables), "told": told}, client
+
+    def server_update(self, ctx, server, mean, total):
+        return descend(server, mean["model"])
+
+
+@every_engine
+def test_what_an_algorithm_knows_of_a_client(engine):
+    data = federated((9, 1, 0, 4), images=False)
+    with contextlib.closing(federation(Curious(), engine, data)) as running:
+        ctx = running.context(Phase(), 3)
+        plans = running.engine.setting.plans(ctx.round, 0, [0, 1, 3])
+        sink = Sink(list(plans), collect=True)
+        running.engine.cohort(ctx.round, 0, running.server, {}, plans, sink)
+    y = data.columns["y"]
+    for update, number in zip(sink.updates, (0, 1, 3), strict=True):
+        told = update["told"]
+        assert int(told["index"]) == number
+        assert int(told["examples"]) == len(data.owners[number])
+        assert told["counts"].tolist() == torch.bincount(y[data.owners[number]], minlength=CLASSES).tolist()
+        assert int(told["steps"]) == len(plans[number].lengths)
+        assert {k: int(v) for k, v in sink.states[number].items()} == {"index": number, "steps": len(plans[number].lengths)}
+    assert sink.weights == [9.0, 1.0, 4.0]
+    # metrics: a client's are means over its steps, the cohort's are weighted by examples: sizes 4 4 1, 1 and 4
+    assert float(sink.metrics()["size"]) == pytest.approx((9 * 3 + 1 * 1 + 4 * 4) / 14, abs=1e-12)
+    assert float(sink.metrics()["ones"]) == pytest.approx((9 * 3 + 1 * 1 + 4 * 4) / 14, abs=1e-12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twice(FedAvg):
+    """Keeps a running mean of the parameters that starts as the very tensors it steps with."""
+
+    def local_init(self, ctx, message, client):
+        own = {k: v * 1 for k, v in message.params.items()}
+        return Local(Variables(own, message.buffers), self.optimizer.init(own), own)
+
+    def local_step(self, ctx, message, client, local, batch):
+        def objective(v, extra):
+            risk, v = cross_entropy(ctx.task, v, batch)
+            return risk, (v, {k: 0.5 * e + 0.5 * v.params[k].detach() for k, e in extra.items()}, {})
+
+        return sgd_step(ctx, local, objective, self.optimizer)
+
+    def local_final(self, ctx, message, client, local):
+        return delta(message, Variables(local.extra, local.variables.buffers)), client
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchored(FedAvg):
+    """Steps along what the server sent, and starts each step from it: message tensors as gradients and as parameters."""
+
+    def local_step(self, ctx, message, client, local, batch):
+        def objective(v, extra):
+            risk, v = cross_entropy(ctx.task, v, batch)
+            return risk, (v, extra, {})
+
+        anchored = local._replace(variables=message)
+        return sgd_step(ctx, anchored, objective, self.optimizer, correct=lambda grads: dict(message.params))
+
+
+@pytest.mark.parametrize("algorithm", [Twice, Anchored])
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.1, weight_decay=0.1), Adam(lr=0.1, clip=0.01)], ids=lambda o: type(o).__name__)
+def test_donation_never_shows(algorithm, optimizer):
+    """Whatever tensors an algorithm reuses, updating in place gives the same bits and leaves the message alone."""
+    results = []
+    for donate in (False, True):
+        with contextlib.closing(federation(algorithm(optimizer=optimizer), EngineOptions(name="loop", donate=donate))) as running:
+            before, message = trees.clone(running.server), running.server
+            running.step()
+            assert trees.equal(message, before)
+            results.append(running.server)
+    assert trees.equal(*results)
+
+
+@pytest.mark.parametrize("engine", ENGINES[:2], ids=lambda e: e.name)
+def test_threads_are_given_back(engine):
+    torch.set_num_threads(2)
+    interval = sys.getswitchinterval()
+    with contextlib.closing(federation(FedAvg(), engine)):
+        assert torch.get_num_threads() == 1
+    assert (torch.get_num_threads(), sys.getswitchinterval()) == (2, interval)
+    with pytest.raises(TrainingError):
+        federation(Broken(where="init_server"), engine)
+    assert (torch.get_num_threads(), sys.getswitchinterval()) == (2, interval)
+
+
+# The sink -------------------------------------------------------------------------------------------------------------
+
+
+def result(client, weight, value, examples=1, **metrics):
+    update = {"w": torch.full((2,), value, dtype=torch.float64), "n": torch.tensor(int(value))}
+    return Result(client, update, weight, (), {k: torch.tensor(v) for k, v in metrics.items()}, examples)
+
+
+def test_the_mean_by_hand():
+    """Weights 1 and 3, values 0 and 4: 3, for floats and integers; 1 and 1, values 0 and 3: 1.5, an integer is rounded to even."""
+    sink = Sink([0, 1])
+    for r in (result(0, 1.0, 0.0), result(1, 3.0, 4.0)):
+        sink.add(r)
+    assert sink.mean()["w"].tolist() == [3, 3]
+    assert sink.mean()["n"].dtype == torch.int64
+    assert int(sink.mean()["n"]) == 3
+    assert sink.total == 4
+    sink = Sink([0, 1])
+    for r in (result(0, 1.0, 0.0), result(1, 1.0, 3.0)):
+        sink.add(r)
+    assert sink.mean()["w"].tolist() == [1.5, 1.5]
+    assert int(sink.mean()["n"]) == 2
+
+
+def test_a_single_result_is_returned_as_it_is():
+    """(600 u) / 600 is not u in floating point."""
+    value = 0.1 + 0.2
+    sink = Sink([4])
+    sink.add(result(4, 600.0, value))
+    assert sink.mean()["w"].tolist() == [value, value]
+
+
+def test_results_wait_for_their_turn():
+    rng = np.random.default_rng(0)
+    ids = [2, 3, 5, 8, 13]
+    results = [result(i, float(rng.uniform(1, 9)), float(rng.normal() * 10 ** rng.integers(-8, 8)), 2, loss=0.1 * i) for i in ids]
+    means = []
+    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        sink = Sink(ids[::-1])
+        for k in order:
+            sink.add(results[k])
+        assert list(sink.states) == ids
+        means.append((sink.mean(), sink.metrics()))
+    assert trees.equal(means[0], means[1])
+    assert trees.equal(means[0], means[2])
+    inputs = [r.update["w"].clone() for r in results]
+    assert all(torch.equal(r.update["w"], w) for r, w in zip(results, inputs, strict=True))
+
+
+def test_collecting_keeps_every_update_in_ascending_order():
+    sink = Sink([1, 2, 3], collect=True)
+    for i in (3, 1, 2):
+        sink.add(result(i, float(i), float(10 * i)))
+    assert [float(u["w"][0]) for u in sink.updates] == [10, 20, 30]
+    assert sink.weights == [1, 2, 3]
+
+
+def test_adding_does_not_change_what_was_given():
+    first, second = result(0, 2.0, 1.0), result(1, 2.0, 5.0)
+    sink = Sink([0, 1])
+    sink.add(first)
+    sink.add(second)
+    sink.mean()
+    assert first.update["w"].tolist() == [1, 1]
+    assert second.update["w"].tolist() == [5, 5]
+
+
+# The choice -----------------------------------------------------------------------------------------------------------
+
+
+def task_of(module, shape=(10,), classes=3):
+    return build_task(lambda: module, classes, shape)
+
+
+SMALL = nn.Linear(10, 3)
+LARGE = nn.Sequential(nn.Linear(10, 5000), nn.Linear(5000, 3))  # 55,000 + 15,003 parameters
+AT_LIMIT = nn.Sequential(nn.Linear(10, 3571), nn.Linear(3571, 3))  # 11 * 3,571 + 3 * 3,571 + 3 = 49,997
+CONVOLUTION = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "cohort", "cores", "expected"),
+    [
+        (SMALL, (10,), 25, 2, "vmap"),
+        (SMALL, (10,), 25, 1, "vmap"),
+        (AT_LIMIT, (10,), 25, 2, "vmap"),
+        (SMALL, (10,), 24, 2, "parallel"),
+        (LARGE, (10,), 100, 2, "parallel"),
+        (LARGE, (10,), 100, 1, "loop"),
+        (CONVOLUTION, (1, 4, 4), 100, 8, "parallel"),
+        (CONVOLUTION, (1, 4, 4), 1, 8, "loop"),
+        (SMALL, (10,), 1, 8, "loop"),
+        (SMALL, (10,), 24, 1, "loop"),
+    ],
+)
+def test_the_rule_of_auto(module, shape, cohort, cores, expected):
+    name, reason = choose(task_of(module, shape), cohort, cores)
+    assert name == expected
+    assert str(cohort) in reason
+
+
+def test_a_gpu_always_stacks():
+    on_gpu = dataclasses.replace(task_of(SMALL), device=torch.device("cuda", 1))
+    assert choose(on_gpu, 1, 1) == ("vmap", "the device is cuda:1")
+
+
+def test_auto_is_resolved_in_the_runs_configuration():
+    with contextlib.closing(federation(FedAvg(), EngineOptions(workers=1))) as running:
+        assert running.experiment.engine.name == "loop"
+        assert "3 client(s) a round on 1 core(s)" in running.reason
+    with pytest.raises(ConfigError, match="engine.name must be resolved"):
+        make_engine(EngineOptions(), running.engine.setting)
+
+
+@pytest.mark.parametrize("options", [{"workers": -1}, {"chunk": 0}])
+def test_impossible_options(options):
+    with pytest.raises(ConfigError, match="engine: workers must be >= 0 and chunk >= 1"):
+        EngineOptions(**options)
+
+
+def test_a_model_without_a_classifier_cannot_be_analysed():
+    class Nothing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(5, CLASSES))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.w
+
+    @dataclass(frozen=True, kw_only=True)
+    class Spec(ModelSpec):
+        def build(self, input_shape, num_classes):
+            return Nothing()
+
+    with pytest.raises(ConfigError, match=r"no linear layer with one output a class.*attribute `classifier`"):
+        federation(FedGraB(), ENGINES[0], model=Spec())
+
+
+def test_data_need_inputs_and_labels():
+    x = torch.zeros(3, 2)
+    with pytest.raises(DataError, match="column 'y' is missing"):
+        FederatedData({"x": x}, [np.arange(3)], {"x": x, "y": torch.zeros(3)}, [np.arange(3)], 2)
