@@ -68,7 +68,8 @@ format: $(VENV)/.dev
 
 experiments: $(VENV)/.run
 	$(BIN)/fedtail data get fashion-mnist
-	$(BIN)/python experiments/sweep.py experiments/longtail_images --match 'fashion-mnist-*'
+	$(BIN)/python experiments/sweep.py experiments/longtail_images --match 'fashion-mnist-fed*'
+	$(BIN)/python experiments/sweep.py experiments/longtail_images --match 'fashion-mnist-why*' --seeds 0
 	$(BIN)/fedtail data get cifar10
 	$(BIN)/python experiments/sweep.py experiments/longtail_images --match 'cifar10-fed*'
 	$(BIN)/python experiments/sweep.py experiments/longtail_images --match 'cifar10-resnet8-*' --seeds 0

@@ -1,7 +1,11 @@
-"""What holds for every test: one intra-op thread, so that results do not depend on the machine's cores."""
+"""What holds for every test: one intra-op thread, and no deadline for generated examples on a busy machine."""
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("fedtail", deadline=None)
+settings.load_profile("fedtail")
 
 
 @pytest.fixture(autouse=True)

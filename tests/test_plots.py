@@ -307,7 +307,7 @@ def test_methods_have_different_looks():
     assert len(set(looks)) == 28
 
 
-def test_a_group_is_seen_in_grey_and_the_bands_are_not_empty():
+def test_the_head_is_seen_in_grey():
     pixels = _png(plots.classes(_made_up(10, methods=1)))
     shade = tuple(int(plots.SHADES["head"][i : i + 2], 16) for i in (1, 3, 5))
     assert (pixels == shade).all(-1).mean() > 0.02
@@ -332,7 +332,7 @@ def test_save_refuses_other_forms_and_missing_folders(digits, tmp_path):
         plots.save(figure, tmp_path / "missing" / "picture.png")
 
 
-def test_drawing_leaves_matplotlibs_style_alone_and_needs_no_pyplot(digits):
+def test_drawing_leaves_matplotlibs_style_alone(digits):
     before = dict(matplotlib.rcParams)
     drawing.render(plots.classes(digits), "png")
     assert dict(matplotlib.rcParams) == before

@@ -1,16 +1,14 @@
 import dataclasses
 import json
-import re
 import shutil
 import statistics
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import pytest
 
 import fedtail
-from fedtail import Experiment, FedAvg, FedGraB, FedProx, LocalWork, config, html, methods, report, runs
+from fedtail import Experiment, FedAvg, FedGraB, FedProx, LocalWork, config, methods, report, runs
 from fedtail.engines import EngineOptions
 from fedtail.errors import CheckpointError, ConfigError
 from fedtail.report import Summary
@@ -82,6 +80,7 @@ def test_differences_use_the_common_seeds_only(folders):
     assert grab.seeds == (1,)
     difference = _last(folders[3])["test"]["tail"] - _last(folders[1])["test"]["tail"]
     assert comparison.difference(grab, "test.tail") == Summary(pytest.approx(difference), None, 1)
+    assert comparison.notes[0].startswith("The seeds are not the same (fedavg 0, 1; fedgrab 1)")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +134,18 @@ def test_users_classes_of_one_name_keep_their_files_in_the_label(folders):
     assert [m.label for m in methods.group([mine("a.py:Mine"), mine("b.py:Mine")])] == ["a.py:Mine", "b.py:Mine"]
 
 
+def test_a_default_that_is_not_all_known_shows_every_hyper_parameter(folders):
+    base = runs.read(folders[0])
+
+    def mine(mu):
+        return dataclasses.replace(
+            base, config={**base.config, "algorithm": {**base.config["algorithm"], "name": "m.py:Mine", "mu": mu}}
+        )
+
+    assert [m.label for m in methods.group([mine(0.1), mine(1.0)])] == ["Mine (mu=0.1)", "Mine (mu=1)"]
+    assert methods.defaults("fedprox")["algorithm.mu"] == FedProx().mu
+
+
 # ---- refusals
 
 
@@ -159,7 +170,7 @@ def test_refuses_an_option_that_only_one_of_them_has(folders, tmp_path):
 def test_a_differing_optimizer_must_be_allowed_and_is_named(folders, tmp_path):
     other = _variant(folders[2], tmp_path / "other", algorithm__optimizer__lr=0.1)
     with pytest.raises(
-        ConfigError, match=r"algorithm\.optimizer\.lr: 0\.03 .* and 0\.1 .*--allow algorithm\.optimizer\.$"
+        ConfigError, match=r"(?s)algorithm\.optimizer\.lr: 0\.03 .* and 0\.1 .*--allow algorithm\.optimizer\.$"
     ) as caught:
         report.compare([folders[0], other])
     assert "gate" not in str(caught.value)
@@ -317,8 +328,8 @@ def test_words_say_who_pays_only_if_the_seeds_agree(folders, tmp_path, head, tai
 
 
 def test_words_quote_the_numbers(folders, tmp_path):
-    [text] = report.in_words(_comparison(folders, tmp_path, tail=(0.5, 0.6, 0.55, 0.575), head=(0.9, 0.9, 0.8, 0.8)))
-    assert text.startswith("On the tail fedgrab gets 56.2 % against 55.0 % of fedavg (+1.3 points, higher in 1 of 2 seeds); "
+    [text] = report.in_words(_comparison(folders, tmp_path, tail=(0.5, 0.6, 0.55, 0.58), head=(0.9, 0.9, 0.8, 0.8)))
+    assert text.startswith("On the tail fedgrab gets 56.5 % against 55.0 % of fedavg (+1.5 points, higher in 1 of 2 seeds); "
                            "on the head 80.0 % against 90.0 % (-10.0 points, higher in 0 of 2 seeds); overall ")  # fmt: skip
 
 
@@ -332,79 +343,7 @@ def test_words_do_not_conclude_from_one_seed_or_none(folders):
     assert text.endswith("(2 seeds).")
 
 
-# ---- the page
-
-
-class _Page(HTMLParser):
-    """Collects what a browser would fetch, and checks that tags close."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.addresses, self.tags, self.text = [], [], [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-@pytest.fixture(scope="module")
-def page(folders, tmp_path_factory):
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    html.report(folders, path, "fedtail run <x>.toml --seeds 0 1 && fedtail report 'a & b'", title="A <b>title")
-    return path
-
-
-def test_page_is_self_contained_and_well_formed(page):
-    parsed = _Page(page.read_text())
-    assert parsed.open == []
-    assert parsed.addresses
-    assert all(address.startswith("data:image/") for address in parsed.addresses)
-    assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
-    assert not re.search(r"https?:|@import|url\(", page.read_text())
-
-
-def test_page_holds_words_tables_pictures_facts_and_command(page, folders):
-    parsed = _Page(page.read_text())
-    text = " ".join(parsed.text)
-    comparison = report.compare(folders)
-    assert "A <b>title" in parsed.text
-    assert "fedtail run <x>.toml --seeds 0 1 && fedtail report 'a & b'" in parsed.text
-    for row in [row for section in comparison.sections for row in comparison.rows(section)]:
-        assert {row.label, *row.cells} <= set(parsed.text)
-    for part in (*report.in_words(comparison), *comparison.notes, *map(comparison.caption, comparison.sections)):
-        assert part in parsed.text
-    assert parsed.tags.count("img") == 6  # classes, curves, clients, partition, and Fed-GraB's prior and balance
-    for part in ("digits", "exponential: factor 10", "dirichlet_multinomial: clients 8, alpha 0.5", "sgd: lr 0.03",
-                 "epochs 1", "gate=none", "seeds 0, 1", "512 in 10 classes", "torch 2", "loop, float32 on cpu",
-                 "macro-F1", "F1 = 2 TP", "cumulative 75/95 % of the summed local test counts"):  # fmt: skip
-        assert part in text, part
-
-
-def test_page_of_equal_runs_has_equal_bytes(page, folders, tmp_path):
-    again = tmp_path / "again.html"
-    html.report(folders, again, "fedtail run <x>.toml --seeds 0 1 && fedtail report 'a & b'", title="A <b>title")
-    assert again.read_bytes() == page.read_bytes()
-
-
-def test_page_needs_a_folder_and_comparable_runs(folders, tmp_path):
-    with pytest.raises(ConfigError, match="there is no folder"):
-        html.report(folders[:1], tmp_path / "missing" / "report.html", "x")
-    other = _variant(folders[0], tmp_path / "other", local__epochs=2)
-    with pytest.raises(ConfigError, match=r"local\.epochs"):
-        html.report([folders[0], other], tmp_path / "report.html", "x")
-    assert not (tmp_path / "report.html").exists()
-    html.report([folders[0], other], tmp_path / "report.html", "x", allow=["local.epochs"])
-    assert "Allowed to differ: local.epochs" in (tmp_path / "report.html").read_text()
+# ---- start-up
 
 
 def test_importing_the_modules_does_not_import_matplotlib():
@@ -412,15 +351,3 @@ def test_importing_the_modules_does_not_import_matplotlib():
         "import sys, fedtail.report, fedtail.plots, fedtail.html; assert not {'matplotlib', 'rich'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_a_default_that_is_not_all_known_shows_every_hyper_parameter(folders):
-    base = runs.read(folders[0])
-
-    def mine(mu):
-        return dataclasses.replace(
-            base, config={**base.config, "algorithm": {**base.config["algorithm"], "name": "m.py:Mine", "mu": mu}}
-        )
-
-    assert [m.label for m in methods.group([mine(0.1), mine(1.0)])] == ["Mine (mu=0.1)", "Mine (mu=1)"]
-    assert methods.defaults("fedprox")["algorithm.mu"] == FedProx().mu

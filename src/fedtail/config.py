@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import sys
 import tomllib
@@ -169,13 +170,18 @@ def resolve(base: type, name: str) -> type:
     raise ConfigError(f"unknown {what} {name!r}{hint} Known are {', '.join(registry)}{own}.")
 
 
+def user_module(file: Path) -> str:
+    """Returns the module name of a user's file: it depends on the path alone."""
+    return "fedtail_user_" + hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]
+
+
 def user_class(target: str) -> type:
     """Imports "file.py:Name", a user's own Algorithm, under a module name that depends on the path alone."""
     path, attribute = split_target(target)
     file = Path(path).resolve()
     if not file.is_file():
         raise ConfigError(f"algorithm: there is no file {file} (from {target!r}).")
-    name = "fedtail_user_" + hashlib.sha256(str(file).encode()).hexdigest()[:12]
+    name = user_module(file)
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None
@@ -203,12 +209,24 @@ def name_of(value: object) -> str | None:
             cls = type(value)
             named = {n: t if isinstance(t, str) else f"{t.__module__}:{t.__qualname__}" for n, t in registry.items()}
             own = f"{cls.__module__}:{cls.__qualname__}"
-            return next((n for n, t in named.items() if t == own), getattr(cls, "fedtail_name", own))
+            return next((n for n, t in named.items() if t == own), None) or _own_name(cls)
     return None
+
+
+def _own_name(cls: type) -> str:
+    """Returns "file.py:Name" of a user's class, however it was imported."""
+    if hasattr(cls, "fedtail_name"):
+        return cls.fedtail_name  # type: ignore[attr-defined]
+    try:
+        return f"{inspect.getsourcefile(cls)}:{cls.__qualname__}"
+    except TypeError:  # typed into a prompt: it works, but cannot be found again
+        return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def to_dict(value: Any) -> Any:
     """Returns a tree of plain values; polymorphic nodes carry their `name`; None is left out (TOML has none)."""
+    if isinstance(value, Mapping):
+        return {k: to_dict(v) for k, v in value.items()}  # type: ignore[misc]
     if not dataclasses.is_dataclass(value):
         return [to_dict(v) for v in value] if isinstance(value, tuple | list) else value
     name = name_of(value)

@@ -30,6 +30,8 @@ WIDTH = 3.4
 """Of every picture, in inches: a column of 8.6 cm."""
 FEW = 20
 """Up to so many classes are drawn and named one by one; more are named by rank."""
+LEGEND = 52
+"""Letters in a line of a legend."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _DASHES = ("-", "--", ":", "-.")
@@ -107,7 +109,7 @@ def integers(axis: Any) -> None:
     """Labels an axis with about six whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
 def name_classes(axis: Any, order: Ints, first: str) -> None:
@@ -140,7 +142,20 @@ def look(number: int) -> dict[str, Any]:
 
 def wrapped(label: str, width: int) -> str:
     """Returns a long label broken into lines."""
-    return "\n".join(textwrap.wrap(label, width))
+    return "\n".join(textwrap.wrap(label, width, break_long_words=False, break_on_hyphens=False))
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Returns how many columns a legend of these labels has room for."""
+    longest = max(map(len, labels))
+    columns = 1 if longest > 30 else 2 if longest > 14 or len(labels) == 4 else 3
+    return min(columns, len(labels))
+
+
+def legend_height(labels: Sequence[str]) -> float:
+    """Returns the inches that `legend` needs for these labels and a title."""
+    lines = sum(wrapped(label, LEGEND).count("\n") + 1 for label in labels)
+    return 0.15 * (lines / _columns(labels) + 1)
 
 
 def legend(figure: "Figure", panels: Sequence["Axes"], title: str | None = None) -> None:
@@ -151,10 +166,8 @@ def legend(figure: "Figure", panels: Sequence["Axes"], title: str | None = None)
             if label not in labels:
                 handles.append(handle)
                 labels.append(label)
-    longest = max(map(len, labels))
-    columns = 1 if longest > 30 else 2 if longest > 14 or len(labels) == 4 else 3
-    figure.legend(handles, [wrapped(label, 52) for label in labels], loc="outside lower center",
-                  ncols=min(columns, len(labels)), title=title)  # fmt: skip
+    figure.legend(handles, [wrapped(label, LEGEND) for label in labels], loc="outside lower center",
+                  ncols=_columns(labels), title=title)  # fmt: skip
 
 
 def over_seeds(methods: Sequence[Method]) -> str:

@@ -20,6 +20,7 @@ from fedtail.drawing import (
     by_frequency,
     integers,
     legend,
+    legend_height,
     look,
     name_classes,
     new_figure,
@@ -104,7 +105,7 @@ def classes(runs: Sequence[RunRecord]) -> "Figure":
     methods = group(runs)
     if len(sizes := {run.counts.shape[1] for run in runs}) > 1:
         raise ConfigError(f"the runs have {sorted(sizes)} classes. Draw those with equal classes together.")
-    figure = new_figure(2.7 + 0.13 * len(methods))
+    figure = new_figure(2.5 + legend_height([method.label for method in methods]))
     axes = figure.subplots()
     axes.set_xscale("log")
     axes.set_ylim(-2, 103)
@@ -118,12 +119,7 @@ def classes(runs: Sequence[RunRecord]) -> "Figure":
             recall, style = _smooth(recall), {**style, "marker": ""}
         band(axes, x, 100 * recall, style, method.label)
         places.append(x)
-    low, high = np.min(np.concatenate(places)), np.max(np.concatenate(places))
-    axes.set_xlim(1.15 * high, low / 1.15)
-    ticks, plain = plain_logarithmic(low, high)
-    axes.xaxis.set(major_locator=ticks, major_formatter=plain)
-    axes.minorticks_off()
-    axes.set_xlabel("Training examples of the class" + (" (none: drawn at 0.5)" if low == 0.5 else ""))
+    _frequency_axis(axes, np.concatenate(places))
     axes.set_ylabel("Recall, global test set (%)")
     order, x = _places(runs[:1])
     _shade(axes, x, [_group_of(_groups(runs[0]), c) for c in order.tolist()])
@@ -143,6 +139,16 @@ def _places(runs: Sequence[RunRecord]) -> tuple[Ints, Floats]:
     order = by_frequency(totals)
     order = order[judged[order]]
     return order, np.maximum(totals[order], 0.5)
+
+
+def _frequency_axis(axes: "Axes", x: Floats) -> None:
+    """Makes room for the counts x, most frequent left, and labels them."""
+    low, high = float(x.min()), float(x.max())
+    axes.set_xlim(1.15 * high, low / 1.15)
+    ticks, plain = plain_logarithmic(low, high)
+    axes.xaxis.set(major_locator=ticks, major_formatter=plain)
+    axes.minorticks_off()
+    axes.set_xlabel("Training examples of the class" + (" (none: drawn at 0.5)" if low == 0.5 else ""))
 
 
 def _smooth(values: Floats) -> Floats:
@@ -192,7 +198,7 @@ def curves(runs: Sequence[RunRecord], metrics: Sequence[str] = ("test.accuracy",
         ConfigError: no run has the metric as a number.
     """
     methods = group(runs)
-    figure = new_figure(0.5 + 1.55 * len(metrics) + 0.13 * len(methods))
+    figure = new_figure(0.4 + 1.5 * len(metrics) + legend_height([method.label for method in methods]))
     panels, before = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0], ""
     for axes, metric in zip(panels, metrics, strict=True):
         where, name = TITLES.get(metric, ("", metric))
@@ -259,10 +265,12 @@ def prior(run: RunRecord) -> "Figure":
     name_classes(shares.xaxis, order, "left")
     shares.set_ylabel("Share of the examples (%)")
     shares.set_title(f"Class prior of {_title(run)}: estimated and true")
-    course.plot(rounds, np.abs(estimates - true).sum(1), color=COLOURS[0], label="L1 distance (0: equal)")
+    marker = "o" if len(rounds) == 1 else ""
     course.plot(
-        rounds, [spearman(e, true) for e in estimates], "--", color=COLOURS[1], label="Spearman (1: same order)"
+        rounds, np.abs(estimates - true).sum(1), color=COLOURS[0], marker=marker, label="L1 distance (0: equal)"
     )
+    agreement = [spearman(estimate, true) for estimate in estimates]
+    course.plot(rounds, agreement, "--", color=COLOURS[1], marker=marker, label="Spearman (1: same order)")
     course.set_xlabel("Round")
     course.set_ylabel("Distance, correlation")
     course.set_title("Agreement over the rounds")
@@ -328,7 +336,9 @@ def clients(runs: Sequence[RunRecord]) -> "Figure":
         raise ConfigError(
             "no run was judged on local test sets. Set evaluation.local = true, or judge with `fedtail evaluate`."
         )
-    figure = new_figure(1.15 + 0.28 * len(rows))
+    labels = [wrapped(m.label + (", personal" if name == "personal" else ""), 24) for m, name in rows]
+    lines = max(label.count("\n") + 1 for label in labels)
+    figure = new_figure(1.1 + (0.16 + 0.12 * lines) * len(rows))
     axes = figure.subplots()
     for place, (method, name) in enumerate(rows):
         keys = ("mean", "std", "worst_decile")
@@ -338,11 +348,10 @@ def clients(runs: Sequence[RunRecord]) -> "Figure":
         axes.errorbar(mean, place, xerr=std, fmt="o", capsize=2, color=COLOURS[0],
                       label="mean ± spread over clients" if first else None)  # fmt: skip
         axes.plot(worst, place, "v", color=COLOURS[1], label="mean of the worst decile" if first else None)
-    labels = [m.label + (", personal" if name == "personal" else "") for m, name in rows]
-    axes.set_yticks(range(len(rows)), [wrapped(label, 22) for label in labels])
+    axes.set_yticks(range(len(rows)), labels)
     integers(axes.xaxis)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("Accuracy on the clients' local test sets (%)")
+    axes.set_xlabel("Accuracy, local test sets (%)")
     axes.grid(axis="x")
     figure.suptitle("How the clients fare in the last round")
     legend(figure, [axes])

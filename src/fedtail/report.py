@@ -148,7 +148,7 @@ def compare(folders: Sequence[str | Path], allow: Sequence[str] = ()) -> Compari
     notes = _allowed(runs, allow)
     _same_partitions(runs)
     methods = group(runs)
-    return Comparison(methods, (*notes, *_machine_notes(runs), *_hyper_parameters(methods)))
+    return Comparison(methods, (*notes, *_machine_notes(runs), *_method_notes(methods)))
 
 
 def _allowed(runs: Sequence[RunRecord], allow: Sequence[str]) -> list[str]:
@@ -210,9 +210,12 @@ def _machine_notes(runs: Sequence[RunRecord]) -> list[str]:
     return notes
 
 
-def _hyper_parameters(methods: Sequence[Method]) -> list[str]:
-    """Returns a note for each method with hyper-parameters that are neither its defaults nor in its label."""
+def _method_notes(methods: Sequence[Method]) -> list[str]:
+    """Returns notes on unequal seeds and on hyper-parameters that are neither a method's defaults nor in its label."""
     notes: list[str] = []
+    if len({method.seeds for method in methods}) > 1:
+        seeds = "; ".join(f"{method.label} {', '.join(map(str, method.seeds))}" for method in methods)
+        notes.append(f"The seeds are not the same ({seeds}): rely on the paired differences, not on the means.")
     for method in methods:
         table = flatten(method.runs[0].config)
         default = defaults(table["algorithm.name"])

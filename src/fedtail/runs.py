@@ -53,8 +53,14 @@ def describe(tree: Tree) -> Any:
         return "*"
     if isinstance(tree, dict):
         return {"dict": {k: describe(v) for k, v in cast("dict[str, Tree]", tree).items()}}
-    kind = f"{type(tree).__module__}:{type(tree).__qualname__}" if hasattr(tree, "_fields") else "tuple"
+    kind = f"{_module_name(type(tree))}:{type(tree).__qualname__}" if hasattr(tree, "_fields") else "tuple"
     return {kind: {name: describe(v) for name, v in trees.items(tree)}}
+
+
+def _module_name(cls: type) -> str:
+    """Returns a class's module; for the script that is run, the name under which a later process imports its file."""
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    return config.user_module(Path(main)) if cls.__module__ == "__main__" and main else cls.__module__
 
 
 def rebuild(structure: Any, leaves: dict[str, Tensor], prefix: str) -> Tree:
@@ -68,8 +74,9 @@ def rebuild(structure: Any, leaves: dict[str, Tensor], prefix: str) -> Tree:
     if kind == "tuple":
         return tuple(children.values())
     module, _, name = kind.partition(":")
-    cls: Any = getattr(sys.modules.get(module), name, None)
-    if not (isinstance(cls, type) and issubclass(cls, tuple)):
+    known = sys.modules.get(module, sys.modules["__main__"])  # the script that is run, or a module that is imported
+    cls: Any = getattr(known, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, tuple) and _module_name(cls) == module):
         raise CheckpointError(f"the checkpoint holds a {kind}, which this experiment's algorithm does not define.")
     if set(children) != set(cls._fields):  # type: ignore[attr-defined]
         raise CheckpointError(
@@ -169,7 +176,12 @@ def create(folder: Path, experiment: config.Experiment, partition: dict[str, np.
 
     Raises:
         CheckpointError: the folder exists already or cannot be written.
+        ConfigError: the algorithm was not defined in a file, so that a later process could not find it.
     """
+    name = str(config.name_of(experiment.algorithm))
+    if name not in config.ALGORITHMS and ".py:" not in name:
+        raise config.ConfigError(f"the algorithm {name} cannot be kept in a run folder: it is not defined in a file. "
+                                 "Move its class to a .py file, or run without a folder.")  # fmt: skip
     if folder.exists():
         raise CheckpointError(f"{folder} exists already and is not overwritten. Continue it with `fedtail resume {folder}`, "
                               "or choose another folder with --output.")  # fmt: skip
@@ -290,7 +302,7 @@ def read(folder: str | Path) -> RunRecord:
         raise CheckpointError(f"{folder} is not a run folder: it has no config.toml. `fedtail run` makes one.")
     try:
         records, timings = _lines(folder / "metrics.jsonl"), _lines(folder / "timings.jsonl")
-        with np.load(folder / "partition.npz", allow_pickle=False) as arrays:
+        with open(folder / "partition.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
             counts, test_counts = arrays["counts"], arrays["test_counts"]
         known = json.loads((folder / "environment.json").read_text())
         table = config.to_dict(config.load(folder))

@@ -18,7 +18,7 @@ class Stream(IntEnum):
     INITIAL = 5  # the model's initial parameters
     COHORT = 6
     BATCHES = 7
-    DRAWS = 8  # random tensors of a local step: key (round, phase, client, step, crc32 of the name)
+    DRAWS = 8  # random tensors of a local step: key (round, phase, client, crc32 of the name), all steps at once
     ALGORITHM = 9  # init_server
     CLIENT = 10  # init_client
     CONSTANTS = 11

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -60,13 +60,11 @@ class Task:
     initial: Variables
     num_classes: int
     input_shape: tuple[int, ...]
-    classifier: (
-        str | None
-    )  # the last linear layer's name: parameters f"{classifier}.weight" [classes, d] and .bias [classes]
+    # the last linear layer's name: its parameters are f"{classifier}.weight" [classes, d] and f"{classifier}.bias"
+    classifier: str | None
     stages: tuple[tuple[str, ...], ...]  # parameter names in groups from input to output
-    dropout: Mapping[
-        str, tuple[tuple[int, ...], float]
-    ]  # layer name -> (shape of one example, probability of dropping)
+    # of the Dropout layers by name: (shape of one example, probability of dropping)
+    dropout: Mapping[str, tuple[tuple[int, ...], float]]
     batch_statistics: bool  # a layer (BatchNorm) computes statistics over the batch
     dtype: torch.dtype
     device: torch.device
@@ -81,10 +79,6 @@ class Task:
     def worker(self, kind: Literal["eager", "vmap"] = "eager", donate: bool = False) -> "Worker":
         """Returns a private way to run the network; one for each thread."""
         return Worker(self, kind, donate)
-
-    def with_initial(self, initial: Variables) -> "Task":
-        """Returns the task with other initial variables."""
-        return replace(self, initial=initial)
 
 
 def build_task(

@@ -16,7 +16,7 @@ DPA, at the server, on the rows of the aggregated classifier W:
 Gates, from the prior (rank 0 = most frequent), see `gate`. What the loop is: the *global* prior decides which classes the
 balancer may act on, or how often; the controller itself runs on the client's *local* sums, kept private over rounds.
 
-Differences from the authors' code (found by reading its release of November 2023): the weighted loss has exactly the gradient that their
+Differences from the authors' code (release of November 2023): the weighted loss has exactly the gradient that their
 backward hook makes; the classifier is trained (theirs is frozen at the mean of random layers: `frozen_classifier`); DPA is
 used (theirs lists classes by id: `order = "class_id"`); every class has its own bypass probability (theirs counts
 bypasses: `bypass_counter`); u is really clipped (`limit = 0`: never); client weights are the client's own n_k.
@@ -71,7 +71,7 @@ class Gate(NamedTuple):
 
 
 def amp(x: Tensor, top: float, slope: float) -> Tensor:
-    """Returns top / (1 + (top - 1) exp(-slope x)): increasing, amp(0) = 1, limits 0 and `top`."""
+    """A map from the controller's output to a factor, top / (1 + (top - 1) exp(-slope x)): increasing, amp(0) = 1, limits 0 and `top`."""
     return top / (1 + (top - 1) * torch.exp(-slope * x))
 
 

@@ -247,8 +247,8 @@ def lookup(name: str) -> Entry:
     """
     if name not in REGISTRY:
         raise ConfigError(
-            f"data.name: unknown data set {name!r}{did_you_mean(name, REGISTRY)} Known: {', '.join(REGISTRY)}; or the path of an .npz "
-            "file or of a folder of images."
+            f"data.name: unknown data set {name!r}{did_you_mean(name, REGISTRY)} Known: {', '.join(REGISTRY)}; or the path "
+            "of an .npz file or of a folder of images."
         )
     return REGISTRY[name]
 

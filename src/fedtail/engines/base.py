@@ -151,6 +151,13 @@ class Engine(ABC):
 
     def __init__(self, setting: Setting):
         self.setting = setting
+        self._before: int | None = None  # intra-op threads to restore
+
+    def open(self) -> None:
+        """Takes threads, at the first use (an engine that is never used changes nothing); may be called again."""
+        if self._before is None:
+            self._before = torch.get_num_threads()
+            torch.set_num_threads(1)
 
     @abstractmethod
     def cohort(self, round: Round, trained: int, message: Tree, states: Mapping[int, Tree], plans: Mapping[int, Plan],
@@ -171,13 +178,10 @@ class Engine(ABC):
         """Returns [function(worker, item) for item in items], on whatever the engine runs (evaluation)."""
 
     def close(self) -> None:
-        """Gives threads back."""
-
-    def __enter__(self) -> "Engine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        """Gives threads back; may be called again."""
+        if self._before is not None:
+            torch.set_num_threads(self._before)
+            self._before = None
 
 
 def check_result(result: Result, losses: Tensor | None, round: Round) -> Result:

@@ -94,12 +94,11 @@ class LoopEngine(Engine):
     def __init__(self, setting: Setting, donate: bool = True):
         super().__init__(setting)
         self._worker = setting.task.worker("eager", donate)
-        self._threads = torch.get_num_threads()
-        torch.set_num_threads(1)
 
     def cohort(self, round: Round, trained: int, message: Tree, states: Mapping[int, Tree], plans: Mapping[int, Plan],
                sink: Sink) -> None:  # fmt: skip
         """Runs the clients in ascending index."""
+        self.open()
         clients = self.setting.clients(plans)
         for position, number in enumerate(plans):
             client = Client(*(value[position] for value in clients))
@@ -109,8 +108,5 @@ class LoopEngine(Engine):
 
     def map_batches(self, function: Any, items: Sequence[Any]) -> list[Any]:
         """Runs them one after another."""
+        self.open()
         return [function(self._worker, item) for item in items]
-
-    def close(self) -> None:
-        """Restores the number of intra-op threads."""
-        torch.set_num_threads(self._threads)

@@ -25,10 +25,21 @@ class ParallelEngine(Engine):
         super().__init__(setting)
         self._donate = donate
         self._own = threading.local()
-        self._threads, self._interval = torch.get_num_threads(), sys.getswitchinterval()
-        torch.set_num_threads(1)
-        sys.setswitchinterval(1e-4)  # steps of a small model are shorter than the default 5 ms
-        self._pool = ThreadPoolExecutor(workers, "fedtail", initializer=torch.set_num_threads, initargs=(1,))
+        self._workers = workers
+        self._pool: ThreadPoolExecutor | None = None
+
+    def open(self) -> None:
+        """Starts the pool at the first use."""
+        if self._pool is None:
+            super().open()
+            self._interval = sys.getswitchinterval()
+            sys.setswitchinterval(1e-4)  # steps of a small model are shorter than the default 5 ms
+            self._pool = ThreadPoolExecutor(self._workers, "fedtail", initializer=torch.set_num_threads, initargs=(1,))
+
+    def _running(self) -> ThreadPoolExecutor:
+        self.open()
+        assert self._pool is not None
+        return self._pool
 
     def _worker(self) -> Worker:
         if not hasattr(self._own, "worker"):
@@ -51,7 +62,8 @@ class ParallelEngine(Engine):
                 sink.add(result)
 
         order = sorted(enumerate(plans), key=lambda item: -len(plans[item[1]].order))
-        futures = [self._pool.submit(one, *item) for item in order]
+        pool = self._running()
+        futures = [pool.submit(one, *item) for item in order]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -62,10 +74,12 @@ class ParallelEngine(Engine):
 
     def map_batches(self, function: Any, items: Sequence[Any]) -> list[Any]:
         """Runs them on the pool; the order of the results is the order of the items."""
-        return list(self._pool.map(lambda item: function(self._worker(), item), items))
+        return list(self._running().map(lambda item: function(self._worker(), item), items))
 
     def close(self) -> None:
         """Ends the threads; restores the intra-op threads and the switch interval."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(self._threads)
-        sys.setswitchinterval(self._interval)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+            sys.setswitchinterval(self._interval)
+        super().close()

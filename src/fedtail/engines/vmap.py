@@ -30,12 +30,11 @@ class VmapEngine(Engine):
         self._worker = setting.task.worker("vmap")
         self._chunk = chunk
         self._per_example = {name for name, draw in setting.draws().items() if draw.per_example}
-        self._threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in the other engines, so that the machine's cores do not change a result
 
     def cohort(self, round: Round, trained: int, message: Tree, states: Mapping[int, Tree], plans: Mapping[int, Plan],
                sink: Sink) -> None:  # fmt: skip
         """Runs chunks of clients with similar numbers of steps."""
+        self.open()
         order = sorted(plans, key=lambda i: (-len(plans[i].lengths), i))
         for start in range(0, len(order), self._chunk):
             ids = order[start : start + self._chunk]
@@ -155,8 +154,5 @@ class VmapEngine(Engine):
 
     def map_batches(self, function: Any, items: Sequence[Any]) -> list[Any]:
         """Runs them one after another."""
+        self.open()
         return [function(self._worker, item) for item in items]
-
-    def close(self) -> None:
-        """Restores the number of intra-op threads."""
-        torch.set_num_threads(self._threads)
