@@ -9,6 +9,7 @@ own, "contract_problem.py:Name".
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,9 @@ class Judging(Algorithm):
         if ctx.round.phase.name == "judge":
             z, _ = ctx.task.apply(message.model, batch.x, train=False)
             each = F.cross_entropy(z, batch.y, reduction="none")
-            return {"sum": local["sum"] + batch.sum(each), "count": local["count"] + batch.size}, {"judged": batch.mean(each)}
+            return {"sum": local["sum"] + batch.sum(each), "count": local["count"] + batch.size}, {
+                "judged": batch.mean(each)
+            }
 
         def objective(v, extra):
             risk, v = cross_entropy(ctx.task, v, batch)
@@ -315,7 +318,12 @@ def _cases() -> dict[str, Algorithm]:
         if name == "fedgrab":
             found.update({f"{name}-{gate}": cls(optimizer=PLAIN, gate=gate, warm=1) for gate in GATES})
             found[f"{name}-release"] = cls(
-                optimizer=PLAIN, order="class_id", frozen_classifier=True, bypass_counter=True, limit=0.0, freeze_prior=1
+                optimizer=PLAIN,
+                order="class_id",
+                frozen_classifier=True,
+                bypass_counter=True,
+                limit=0.0,
+                freeze_prior=1,
             )
         else:
             found[name] = cls(optimizer=PLAIN)
@@ -336,11 +344,13 @@ def federated(sizes: Sequence[int], images: bool) -> FederatedData:
     rng = np.random.default_rng(7)
     y = rng.choice(CLASSES, sum(sizes) + 8 + 30, p=[0.45, 0.3, 0.15, 0.1])
     if images:
-        x = torch.from_numpy((rng.integers(0, 120, (len(y), 1, 6, 6)) + 40 * (y % 3)[:, None, None, None]).astype(np.uint8))
+        x = torch.from_numpy(
+            (rng.integers(0, 120, (len(y), 1, 6, 6)) + 40 * (y % 3)[:, None, None, None]).astype(np.uint8)
+        )
     else:
         x = torch.from_numpy(rng.normal(size=(len(y), 5)) + rng.normal(size=(CLASSES, 5))[y])
     ends = np.cumsum([0, *sizes])
-    owners = [np.arange(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    owners = [np.arange(a, b) for a, b in itertools.pairwise(ends)]
     train, labels = ends[-1] + 8, torch.from_numpy(y)
     tests = [np.arange(5 * i, 5 * i + 5) for i in range(len(sizes))]
     return FederatedData(
@@ -367,9 +377,10 @@ PROBLEMS = {
     "alone": Problem((11,), MLP(hidden=(6,)), clients=1),
 }
 ROUNDS = 3
+LOOP = EngineOptions(name="loop")
 
 
-def experiment(case: str, problem: str, engine: EngineOptions = EngineOptions(name="loop"), seed: int = 0) -> Experiment:
+def experiment(case: str, problem: str, engine: EngineOptions = LOOP, seed: int = 0) -> Experiment:
     """Returns the experiment of a case; its data are replaced by the problem's."""
     return Experiment(
         seed=seed, rounds=ROUNDS, algorithm=CASES[case], model=PROBLEMS[problem].model, dtype="float64", engine=engine,
@@ -378,7 +389,7 @@ def experiment(case: str, problem: str, engine: EngineOptions = EngineOptions(na
     )  # fmt: skip
 
 
-def federation(case: str, problem: str, engine: EngineOptions = EngineOptions(name="loop"), seed: int = 0) -> Federation:
+def federation(case: str, problem: str, engine: EngineOptions = LOOP, seed: int = 0) -> Federation:
     """Returns a federation that is ready for round 0."""
     chosen = PROBLEMS[problem]
     return Federation(experiment(case, problem, engine, seed), federated(chosen.sizes, chosen.images))
@@ -395,7 +406,7 @@ class Outcome(NamedTuple):
 
 
 @functools.cache
-def outcome(case: str, problem: str, engine: EngineOptions = EngineOptions(name="loop"), seed: int = 0) -> Outcome:
+def outcome(case: str, problem: str, engine: EngineOptions = LOOP, seed: int = 0) -> Outcome:
     """Runs a case on a problem; the last record holds scores."""
     running = federation(case, problem, engine, seed)
     found = Outcome([], [], [], [], running.task.initial)
@@ -430,4 +441,3 @@ def form(tree: Any) -> Any:
 def model_of(server: Any) -> Variables:
     """Returns the network's variables in a server state."""
     return server if isinstance(server, Variables) else server.model
-

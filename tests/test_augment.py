@@ -60,7 +60,9 @@ def test_no_draws_no_change():
     assert augment_draws("none", 8) == {}
 
 
-@pytest.mark.parametrize(("kind", "names"), [("flip", {"augment:flip"}), ("crop_flip", {"augment:crop", "augment:flip"})])
+@pytest.mark.parametrize(
+    ("kind", "names"), [("flip", {"augment:flip"}), ("crop_flip", {"augment:crop", "augment:flip"})]
+)
 def test_draws_cover_every_corner_and_both_directions(kind, names):
     wanted = augment_draws(kind, 16)
     assert set(wanted) == names

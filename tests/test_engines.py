@@ -29,7 +29,11 @@ every_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.name)
 SIZES = (6, 4, 8)
 
 
-def federation(algorithm, engine, data=None, model=MLP(hidden=(4,)), work=LocalWork(epochs=1, batch_size=4), **more):
+NETWORK = MLP(hidden=(4,))
+WORK = LocalWork(epochs=1, batch_size=4)
+
+
+def federation(algorithm, engine, data=None, model=NETWORK, work=WORK, **more):
     whole = Experiment(rounds=2, algorithm=algorithm, model=model, local=work, engine=engine, dtype="float64", **more)
     return Federation(whole, data if data is not None else federated(SIZES, images=False))
 
@@ -80,9 +84,21 @@ class Broken(Algorithm):
         if name == self.where:
             raise ValueError("deliberate")
 
+    def constants(self, task, rng):
+        self.fail("constants")
+        return ()
+
     def init_server(self, ctx, rng):
         self.fail("init_server")
         return ctx.task.initial
+
+    def init_client(self, ctx, message, rng):
+        self.fail("init_client")
+        return ()
+
+    def predict(self, ctx, message, client, x):
+        self.fail("predict")
+        return ctx.task.apply(message, x, train=False)[0]
 
     def broadcast(self, ctx, server):
         self.fail("broadcast")
@@ -141,7 +157,13 @@ ONE = federated((6,), images=False)
 @pytest.mark.parametrize("engine", ENGINES[:2], ids=lambda e: e.name)
 @pytest.mark.parametrize(
     ("where", "words"),
-    [("local_init", "local_init of"), ("local_step", "local_step at step 1 of"), ("local_final", "local_final of"), ("weight", "of")],
+    [
+        ("init_client", "init_client of"),
+        ("local_init", "local_init of"),
+        ("local_step", "local_step at step 1 of"),
+        ("local_final", "local_final of"),
+        ("weight", "of"),
+    ],
 )
 def test_an_exception_on_a_client_names_client_stage_step_and_remedy(where, words, engine):
     with pytest.raises(TrainingError) as found:
@@ -155,24 +177,36 @@ def test_an_exception_on_a_client_names_client_stage_step_and_remedy(where, word
 
 @pytest.mark.parametrize("where", ["local_init", "local_final", "weight"])
 def test_an_exception_under_vmap_names_method_round_and_clients(where):
-    with pytest.raises(TrainingError, match=r"Broken failed in the vmap engine in round 0 \(clients \[0, 2, 1\]\): ValueError: deliberate"):
+    with pytest.raises(
+        TrainingError,
+        match=r"Broken failed in the vmap engine in round 0 \(clients \[0, 2, 1\]\): ValueError: deliberate",
+    ):
         step(Broken(where=where), ENGINES[2])
 
 
 @every_engine
-@pytest.mark.parametrize("where", ["init_server", "broadcast", "server_update", "server_collect", "diagnostics", "advance"])
+@pytest.mark.parametrize(
+    "where",
+    ["constants", "init_server", "broadcast", "server_update", "server_collect", "diagnostics", "predict", "advance"],
+)
 def test_an_exception_on_the_server_names_the_method(where, engine):
-    with pytest.raises(TrainingError, match=f"^The algorithm failed in {where}: ValueError: deliberate") as found:
+
+    def run():
         with contextlib.closing(federation(Broken(where=where), engine)) as running:
-            running.advance(running.step())
+            running.advance(running.step() | running.score())
+
+    with pytest.raises(TrainingError, match=f"^The algorithm failed in {where}: ValueError: deliberate") as found:
+        run()
     assert isinstance(found.value.__cause__, ValueError)
 
 
 @every_engine
 def test_an_update_or_a_server_state_that_is_not_finite(engine):
-    with pytest.raises(TrainingError, match=r"^The update of client \d in round 0 is not finite \(first in params/hidden1.0.weight\)"):
+    with pytest.raises(
+        TrainingError, match=r"^The update of client \d in round 0 is not finite \(first in params/hidden1.0.weight\)"
+    ):
         step(Broken(where="update"), engine)
-    with pytest.raises(TrainingError, match="^The server state is not finite after round 0.*server_lr"):
+    with pytest.raises(TrainingError, match=r"^The server state is not finite after round 0.*server_lr"):
         step(Broken(where="server"), engine)
 
 
@@ -240,7 +274,7 @@ class NormedSpec(ModelSpec):
 
 @every_engine
 def test_batch_norm_and_a_batch_of_one(engine):
-    """Clients of 5, 1 and 4 examples in batches of 4: two batches of one. Left out with min_batch = 2, and client 1 with them."""
+    """Clients of 5, 1 and 4 examples in batches of 4: two batches of one, left out with min_batch = 2, and client 1 too."""
     data = federated((5, 1, 4), images=False)
     with pytest.raises(TrainingError) as found:
         step(FedAvg(), engine, data, NormedSpec())
@@ -273,7 +307,12 @@ class Curious(FedAvg):
 
     def local_final(self, ctx, message, client, local):
         here = ctx.here
-        told = {"index": here.index * 1.0, "examples": here.examples * 1, "counts": here.counts * 1, "steps": here.steps * 1}
+        told = {
+            "index": here.index * 1.0,
+            "examples": here.examples * 1,
+            "counts": here.counts * 1,
+            "steps": here.steps * 1,
+        }
         return {"model": delta(message, local.variables), "told": told}, client
 
     def server_update(self, ctx, server, mean, total):
@@ -295,7 +334,10 @@ def test_what_an_algorithm_knows_of_a_client(engine):
         assert int(told["examples"]) == len(data.owners[number])
         assert told["counts"].tolist() == torch.bincount(y[data.owners[number]], minlength=CLASSES).tolist()
         assert int(told["steps"]) == len(plans[number].lengths)
-        assert {k: int(v) for k, v in sink.states[number].items()} == {"index": number, "steps": len(plans[number].lengths)}
+        assert {k: int(v) for k, v in sink.states[number].items()} == {
+            "index": number,
+            "steps": len(plans[number].lengths),
+        }
     assert sink.weights == [9.0, 1.0, 4.0]
     # metrics: a client's are means over its steps, the cohort's are weighted by examples: sizes 4 4 1, 1 and 4
     assert float(sink.metrics()["size"]) == pytest.approx((9 * 3 + 1 * 1 + 4 * 4) / 14, abs=1e-12)
@@ -329,12 +371,16 @@ class Anchored(FedAvg):
 
 
 @pytest.mark.parametrize("algorithm", [Remembering, Anchored])
-@pytest.mark.parametrize("optimizer", [SGD(lr=0.1, weight_decay=0.1), Adam(lr=0.1, clip=0.01)], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize(
+    "optimizer", [SGD(lr=0.1, weight_decay=0.1), Adam(lr=0.1, clip=0.01)], ids=lambda o: type(o).__name__
+)
 def test_donation_never_shows(algorithm, optimizer):
     """Whatever tensors an algorithm reuses, updating in place gives the same bits and leaves the message alone."""
     results = []
     for donate in (False, True):
-        with contextlib.closing(federation(algorithm(optimizer=optimizer), EngineOptions(name="loop", donate=donate))) as running:
+        with contextlib.closing(
+            federation(algorithm(optimizer=optimizer), EngineOptions(name="loop", donate=donate))
+        ) as running:
             before, message = trees.clone(running.server), running.server
             running.step()
             assert trees.equal(message, before)
@@ -342,16 +388,114 @@ def test_donation_never_shows(algorithm, optimizer):
     assert trees.equal(*results)
 
 
-@pytest.mark.parametrize("engine", ENGINES[:2], ids=lambda e: e.name)
-def test_threads_are_given_back(engine):
+THREADS: list[int] = []  # intra-op threads seen by the methods of `Watching`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watching(FedAvg):
+    """FedAvg that notes with how many threads torch would compute."""
+
+    def constants(self, task, rng):
+        THREADS.append(torch.get_num_threads())
+        return ()
+
+    def init_server(self, ctx, rng):
+        THREADS.append(torch.get_num_threads())
+        return ctx.task.initial
+
+    def broadcast(self, ctx, server):
+        THREADS.append(torch.get_num_threads())
+        return server
+
+    def local_final(self, ctx, message, client, local):
+        THREADS.append(torch.get_num_threads())
+        return delta(message, local.variables), client
+
+    def server_update(self, ctx, server, mean, total):
+        THREADS.append(torch.get_num_threads())
+        return descend(server, mean)
+
+    def server_step(self, ctx, server, batch):
+        THREADS.append(torch.get_num_threads())
+        return server, {}
+
+    def advance(self, ctx, server, metrics):
+        THREADS.append(torch.get_num_threads())
+        return 0, server
+
+    def diagnostics(self, ctx, server):
+        THREADS.append(torch.get_num_threads())
+        return {}
+
+
+def machine():
+    return torch.get_num_threads(), sys.getswitchinterval()
+
+
+@pytest.fixture
+def two_threads():
     torch.set_num_threads(2)
-    interval = sys.getswitchinterval()
-    with contextlib.closing(federation(FedAvg(), engine)):
-        assert torch.get_num_threads() == 1
-    assert (torch.get_num_threads(), sys.getswitchinterval()) == (2, interval)
+    THREADS.clear()
+    return machine()
+
+
+@every_engine
+def test_everything_is_computed_with_one_thread(engine, two_threads):
+    """Also the server's part, from the first round on: else a machine's cores, or resuming, could move a bit."""
+    with contextlib.closing(federation(Watching(), engine)) as running:
+        running.advance(running.step())
+        running.score()
+    assert len(THREADS) >= 10
+    assert set(THREADS) == {1}
+    assert machine() == two_threads
+
+
+@every_engine
+def test_threads_are_given_back_whatever_happens(engine, two_threads):
+    federation(FedAvg(), engine)  # never used, never closed
+    assert machine() == two_threads
     with pytest.raises(TrainingError):
         federation(Broken(where="init_server"), engine)
-    assert (torch.get_num_threads(), sys.getswitchinterval()) == (2, interval)
+    assert machine() == two_threads
+    with pytest.raises(TrainingError):
+        step(Broken(where="local_init"), engine)
+    assert machine() == two_threads
+
+
+@every_engine
+def test_runs_may_overlap(engine, two_threads):
+    """Two runs in turns: when the first one ends, the second goes on with one thread; in the end all are given back."""
+    first, second = federation(Watching(), engine), federation(Watching(), engine)
+    first.step()
+    second.step()
+    first.close()
+    THREADS.clear()
+    second.advance(second.step())
+    assert set(THREADS) == {1}
+    second.close()
+    assert machine() == two_threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerTrained(FedAvg):
+    """Steps on server data in training mode."""
+
+    def server_step(self, ctx, server, batch):
+        def function(params):
+            risk, new = cross_entropy(ctx.task, Variables(params, server.buffers), batch)
+            return risk, new.buffers
+
+        value, buffers, grads = ctx.task.value_and_grad(function, server.params)
+        params, _ = ctx.task.update(self.optimizer, grads, self.optimizer.init(server.params), server.params)
+        return Variables(params, buffers), {"loss": value}
+
+
+@every_engine
+def test_server_data_come_with_the_masks_of_dropout_layers(engine):
+    """What a client can do in training mode the server can do too."""
+    found = [step(ServerTrained(), engine, model=MLP(hidden=(4,), dropout=0.5)) for _ in range(2)]
+    assert found[0][0]["server"]["loss"] > 0
+    assert trees.equal(found[0][1], found[1][1])
 
 
 # The sink -------------------------------------------------------------------------------------------------------------
@@ -363,7 +507,7 @@ def result(client, weight, value, examples=1, **metrics):
 
 
 def test_the_mean_by_hand():
-    """Weights 1 and 3, values 0 and 4: 3, for floats and integers; 1 and 1, values 0 and 3: 1.5, an integer is rounded to even."""
+    """Weights 1 and 3, values 0 and 4: 3, for floats and integers. Weights 1 and 1, values 0 and 3: 1.5, or the integer 2."""
     sink = Sink([0, 1])
     for r in (result(0, 1.0, 0.0), result(1, 3.0, 4.0)):
         sink.add(r)
@@ -389,7 +533,10 @@ def test_a_single_result_is_returned_as_it_is():
 def test_results_wait_for_their_turn():
     rng = np.random.default_rng(0)
     ids = [2, 3, 5, 8, 13]
-    results = [result(i, float(rng.uniform(1, 9)), float(rng.normal() * 10.0 ** rng.integers(-8, 8)), 2, loss=0.1 * i) for i in ids]
+    results = [
+        result(i, float(rng.uniform(1, 9)), float(rng.normal() * 10.0 ** rng.integers(-8, 8)), 2, loss=0.1 * i)
+        for i in ids
+    ]
     means = []
     for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
         sink = Sink(ids[::-1])
@@ -464,7 +611,7 @@ def test_auto_is_resolved_in_the_runs_configuration():
     with contextlib.closing(federation(FedAvg(), EngineOptions(workers=1))) as running:
         assert running.experiment.engine.name == "loop"
         assert "3 client(s) a round on 1 core(s)" in running.reason
-    with pytest.raises(ConfigError, match="engine.name must be resolved"):
+    with pytest.raises(ConfigError, match=r"engine\.name must be resolved"):
         make_engine(EngineOptions(), running.engine.setting)
 
 

@@ -20,7 +20,10 @@ def problem(dtype=torch.float64):
     generator = torch.Generator().manual_seed(3)
     shapes = {"layer.weight": (4, 3), "layer.bias": (4,), "head.weight": (2, 4)}
     start = {k: torch.randn(s, generator=generator, dtype=dtype) for k, s in shapes.items()}
-    grads = [{k: torch.randn(s, generator=generator, dtype=dtype) * (step + 1) for k, s in shapes.items()} for step in range(STEPS)]
+    grads = [
+        {k: torch.randn(s, generator=generator, dtype=dtype) * (step + 1) for k, s in shapes.items()}
+        for step in range(STEPS)
+    ]
     return start, grads
 
 
@@ -55,7 +58,9 @@ def torchs(make, clip=0.0, scale=lambda step: 1.0):
 def close(found, expected, atol):
     for step, (a, b) in enumerate(zip(found, expected, strict=True)):
         for k in b:
-            torch.testing.assert_close(a[k], b[k], rtol=atol, atol=atol, msg=lambda m, k=k, step=step: f"{k}, step {step}: {m}")
+            torch.testing.assert_close(
+                a[k], b[k], rtol=atol, atol=atol, msg=lambda m, k=k, step=step: f"{k}, step {step}: {m}"
+            )
 
 
 SGDS = [
@@ -74,7 +79,11 @@ ADAMS = [
 def test_sgd_equals_torchs(options, ops):
     def make(params):
         return torch.optim.SGD(
-            params, lr=0.05, momentum=options["momentum"], nesterov=options["nesterov"], weight_decay=options["weight_decay"]
+            params,
+            lr=0.05,
+            momentum=options["momentum"],
+            nesterov=options["nesterov"],
+            weight_decay=options["weight_decay"],
         )
 
     close(ours(SGD(lr=0.05, **options), ops), torchs(make, options["clip"]), 1e-12)
@@ -85,7 +94,13 @@ def test_sgd_equals_torchs(options, ops):
 def test_adam_and_adamw_equal_torchs(options, ops):
     def make(params):
         cls = torch.optim.AdamW if options["decoupled"] else torch.optim.Adam
-        return cls(params, lr=0.05, betas=(options["beta1"], options["beta2"]), eps=options["eps"], weight_decay=options["weight_decay"])
+        return cls(
+            params,
+            lr=0.05,
+            betas=(options["beta1"], options["beta2"]),
+            eps=options["eps"],
+            weight_decay=options["weight_decay"],
+        )
 
     close(ours(Adam(lr=0.05, **options), ops), torchs(make, options["clip"]), 1e-12)
 
@@ -95,14 +110,20 @@ def test_a_schedule_scales_the_learning_rate(ops):
     def scale(step):
         return 0.5 ** (step // 3)
 
-    close(ours(SGD(lr=0.05, momentum=0.9), ops, scale=scale), torchs(lambda p: torch.optim.SGD(p, 0.05, 0.9), scale=scale), 1e-12)
+    close(
+        ours(SGD(lr=0.05, momentum=0.9), ops, scale=scale),
+        torchs(lambda p: torch.optim.SGD(p, 0.05, 0.9), scale=scale),
+        1e-12,
+    )
     # decoupled decay is scaled too, as in torch.optim.AdamW
     expected = torchs(lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1), scale=scale)
     close(ours(Adam(lr=0.05, weight_decay=0.1, decoupled=True), ops, scale=scale), expected, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("optimizer", [*(SGD(lr=0.05, **o) for o in SGDS), *(Adam(lr=0.05, **o) for o in ADAMS)], ids=str)
+@pytest.mark.parametrize(
+    "optimizer", [*(SGD(lr=0.05, **o) for o in SGDS), *(Adam(lr=0.05, **o) for o in ADAMS)], ids=str
+)
 def test_all_operations_give_the_same_bits(optimizer, dtype):
     reference, *others = (ours(optimizer, ops, dtype) for ops in OPERATIONS)
     for other in others:
@@ -120,7 +141,14 @@ def test_sgd_by_hand():
 
 
 BINARY = [("add", ()), ("add", (0.3,)), ("mul", ()), ("div", ())]
-UNARY = [("scale", (0.7,)), ("scale", (torch.tensor(0.7, dtype=torch.float64),)), ("shift", (0.3,)), ("sqrt", ()), ("copy", ()), ("norm", ())]
+UNARY = [
+    ("scale", (0.7,)),
+    ("scale", (torch.tensor(0.7, dtype=torch.float64),)),
+    ("shift", (0.3,)),
+    ("sqrt", ()),
+    ("copy", ()),
+    ("norm", ()),
+]
 
 
 @pytest.mark.parametrize("ops", OPERATIONS, ids=lambda o: type(o).__name__)
@@ -151,7 +179,9 @@ def test_operations_of_one_argument(ops, name, extra):
 
 
 @pytest.mark.parametrize("ops", [PerKey(), Foreach()], ids=lambda o: type(o).__name__)
-@pytest.mark.parametrize("optimizer", [SGD(nesterov=True, weight_decay=0.1, clip=1.0), Adam(weight_decay=0.1, decoupled=True, clip=1.0)])
+@pytest.mark.parametrize(
+    "optimizer", [SGD(nesterov=True, weight_decay=0.1, clip=1.0), Adam(weight_decay=0.1, decoupled=True, clip=1.0)]
+)
 def test_update_is_pure_without_donation(ops, optimizer):
     params, grads = problem()
     state = optimizer.init(params)
@@ -172,7 +202,11 @@ def test_partition_updates_each_group_by_its_own_optimizer():
         state = optimizer.init(params)
         for g in grads:
             params, state = optimizer.update(ops, trees.clone(g), state, params)
-        for name, part in (("head.weight", parts[""]), ("layer.weight", parts["layer."]), ("layer.bias", parts["layer.bias"])):
+        for name, part in (
+            ("head.weight", parts[""]),
+            ("layer.weight", parts["layer."]),
+            ("layer.bias", parts["layer.bias"]),
+        ):
             alone = {name: start[name].clone()}
             own = part.init(alone)
             for g in grads:

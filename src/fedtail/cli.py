@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -130,16 +131,18 @@ def plot(
     print(path)
 
 
-def report(runs: Positional[tuple[Path, ...]], output: Path = Path("report.html")) -> None:
+def report(runs: Positional[tuple[Path, ...]], output: Path = Path("report.html"), allow: tuple[str, ...] = ()) -> None:
     """Write one self-contained HTML page with tables and pictures.
 
     Args:
         runs: run folders.
         output: the file.
+        allow: dotted keys in which the runs may differ besides the method and the seed.
     """
     from fedtail import html
 
-    html.report(list(runs), output, "fedtail report " + " ".join(map(str, runs)))
+    command = shlex.join(["fedtail", "report", *map(str, runs), *(f"--allow={key}" for key in allow)])
+    html.report(list(runs), output, command, allow=allow)
     print(output)
 
 

@@ -136,7 +136,9 @@ def test_3_the_gradient_is_that_of_the_hook(masked):
     assert float(metrics["unweighted_loss"]) == pytest.approx(float(plain.detach()), abs=1e-12)
     # what is accumulated is the re-weighted magnitude, for classes that are not bypassed
     torch.testing.assert_close(new.positive, state.positive + ~alone * (y * expected.abs()).sum(0), rtol=0, atol=1e-12)
-    torch.testing.assert_close(new.negative, state.negative + ~alone * ((1 - y) * expected.abs()).sum(0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        new.negative, state.negative + ~alone * ((1 - y) * expected.abs()).sum(0), rtol=0, atol=1e-12
+    )
     assert not any(t.requires_grad for t in new)
 
 
@@ -181,9 +183,13 @@ def test_5_a_bypassed_class_is_plain_and_frozen_but_controlled():
         assert not torch.equal(getattr(after, name)[2], getattr(before, name)[2])
 
 
-def federation(algorithm, data=None, work=LocalWork(epochs=2, batch_size=4), model=MLP(hidden=(5,)), rounds=8):
+WORK = LocalWork(epochs=2, batch_size=4)
+NETWORK = MLP(hidden=(5,))
+
+
+def federation(algorithm, data=None):
     whole = Experiment(
-        rounds=rounds, algorithm=algorithm, model=model, local=work, engine=EngineOptions(name="loop"), dtype="float64",
+        rounds=8, algorithm=algorithm, model=NETWORK, local=WORK, engine=EngineOptions(name="loop"), dtype="float64",
         evaluation=Evaluation(local=False),
     )  # fmt: skip
     return Federation(whole, data if data is not None else federated((9, 1, 4, 7), images=False))
@@ -323,7 +329,9 @@ def test_8_rank_profile():
 
 @pytest.mark.parametrize(("classes", "share"), [(10, 0.59), (100, 0.61)])
 def test_8_mean_share_of_balanced_pairs(classes, share):
-    assert 1 - float(gate(torch.arange(classes, 0, -1).double(), "rank", 0.1).bypass.mean()) == pytest.approx(share, abs=5e-3)
+    assert 1 - float(gate(torch.arange(classes, 0, -1).double(), "rank", 0.1).bypass.mean()) == pytest.approx(
+        share, abs=5e-3
+    )
 
 
 def test_8_sets():
@@ -360,7 +368,9 @@ def test_8_the_gate_waits_for_warm_estimates_and_for_norms_that_differ():
 
     def sent(norms, estimates):
         params = {**server.model.params, "head.weight": matrix(norms)[:, :5]}
-        params["head.weight"] *= torch.tensor(norms, dtype=torch.float64)[:, None] / params["head.weight"].norm(dim=1, keepdim=True)
+        params["head.weight"] *= torch.tensor(norms, dtype=torch.float64)[:, None] / params["head.weight"].norm(
+            dim=1, keepdim=True
+        )
         return method.broadcast(ctx, Server(server.model._replace(params=params), prior, double(estimates)[0])).prior
 
     assert torch.equal(sent([2, 1, 1, 1], 2), prior)
@@ -394,7 +404,9 @@ def test_9_the_authors_frozen_classifier_stays_and_is_only_an_option():
 def test_the_loop_closes(share, ratio, limit):
     """One class, logit 0, B = 10: |pos - neg| / max(pos, neg) after 1000 steps of 30 seeds, and |pos - neg| < 5 always."""
     seeds, steps, z = 30, 1000, torch.zeros(10, 1, dtype=torch.float64)
-    labels = torch.from_numpy((np.random.default_rng(6).random((steps, seeds, 10)) >= share).astype(np.int64))  # 0: positive
+    labels = torch.from_numpy(
+        (np.random.default_rng(6).random((steps, seeds, 10)) >= share).astype(np.int64)
+    )  # 0: positive
     state = Controller(*(torch.zeros(seeds, 1, dtype=torch.float64) for _ in range(5)))
 
     def one(state, y):
@@ -452,7 +464,13 @@ def test_100_classes_take_a_step():
     """The fault that stops the authors' code at ten classes."""
     z = torch.zeros(4, 100, dtype=torch.float64, requires_grad=True)
     allowed = gate(torch.arange(100, 0, -1).double(), "sets+rank", 0.1)
-    loss, new, _ = METHOD.balance(rest(100), allowed, torch.rand(100, generator=torch.Generator().manual_seed(0)).double(), z, batch_of([0, 99, 5, 50]))
+    loss, new, _ = METHOD.balance(
+        rest(100),
+        allowed,
+        torch.rand(100, generator=torch.Generator().manual_seed(0)).double(),
+        z,
+        batch_of([0, 99, 5, 50]),
+    )
     assert float(loss.detach()) == pytest.approx(100 * math.log(2), rel=1e-12)
     assert float(new.negative[:30].sum()) == 0
 
@@ -551,7 +569,15 @@ def test_toy_norms_order_from_the_first_round(toys):
 
 @pytest.mark.parametrize(
     "options",
-    [{"top": 1.0}, {"slope": 0.0}, {"limit": -1.0}, {"gate_base": 0.0}, {"gate_base": 1.1}, {"warm": -1}, {"freeze_prior": -1}],
+    [
+        {"top": 1.0},
+        {"slope": 0.0},
+        {"limit": -1.0},
+        {"gate_base": 0.0},
+        {"gate_base": 1.1},
+        {"warm": -1},
+        {"freeze_prior": -1},
+    ],
     ids=str,
 )
 def test_impossible_options(options):

@@ -23,8 +23,13 @@ ENGINES = [EngineOptions(name="loop"), EngineOptions(name="parallel", workers=2)
 every_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.name)
 
 
-def federation(algorithm, data, work, model=MLP(hidden=(5,)), engine=ENGINES[0]):
-    return Federation(Experiment(rounds=9, algorithm=algorithm, model=model, local=work, engine=engine, dtype="float64"), data)
+NETWORK = MLP(hidden=(5,))
+
+
+def federation(algorithm, data, work, model=NETWORK, engine=ENGINES[0]):
+    return Federation(
+        Experiment(rounds=9, algorithm=algorithm, model=model, local=work, engine=engine, dtype="float64"), data
+    )
 
 
 def rounds(algorithm, data, work, count=3, **more):
@@ -98,9 +103,15 @@ def test_fedproxs_gradient_at_the_broadcast_model_is_that_of_the_cross_entropy(e
     """Protocol 7.1 item 8: one step, however strong the term, is FedAvg's; the second is not."""
     data = federated((6, 8), images=False)
     one, two = LocalWork(steps=1, batch_size=8), LocalWork(steps=2, batch_size=8)
-    avg, prox = (rounds(a, data, one, 1, engine=engine)[1][0] for a in (FedAvg(optimizer=PLAIN), FedProx(optimizer=PLAIN, mu=9.0)))
+    avg, prox = (
+        rounds(a, data, one, 1, engine=engine)[1][0]
+        for a in (FedAvg(optimizer=PLAIN), FedProx(optimizer=PLAIN, mu=9.0))
+    )
     assert distance(avg, prox) <= 1e-15
-    avg, prox = (rounds(a, data, two, 1, engine=engine)[1][0] for a in (FedAvg(optimizer=PLAIN), FedProx(optimizer=PLAIN, mu=9.0)))
+    avg, prox = (
+        rounds(a, data, two, 1, engine=engine)[1][0]
+        for a in (FedAvg(optimizer=PLAIN), FedProx(optimizer=PLAIN, mu=9.0))
+    )
     assert distance(avg, prox) > 1e-3
 
 
@@ -135,7 +146,9 @@ def test_scaffolds_control_is_the_mean_raw_gradient_along_the_path():
 
 
 @every_engine
-@pytest.mark.parametrize("algorithm", [FedAvg(optimizer=PLAIN), FedProx(optimizer=PLAIN, mu=0.3)], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "algorithm", [FedAvg(optimizer=PLAIN), FedProx(optimizer=PLAIN, mu=0.3)], ids=lambda a: type(a).__name__
+)
 def test_one_full_batch_from_everyone_is_centralised_descent(algorithm, engine):
     """sum_k n_k (mean gradient of k) / sum_k n_k is the gradient of the mean over all data."""
     data = federated((5, 9, 1, 7), images=False)

@@ -11,7 +11,9 @@ import tomllib
 import contract_problem as problem
 import pytest
 import torch
-from contract_problem import CASES, PROBLEMS, ROUNDS, distance, experiment, federation, form, model_of, outcome
+from contract_problem import CASES, LOOP, PROBLEMS, ROUNDS, distance, experiment, federation, form, model_of, outcome
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fedtail
 from fedtail import config, runs, trees
@@ -21,14 +23,17 @@ from fedtail.data.partition import DirichletMultinomial
 from fedtail.data.plan import LocalWork
 from fedtail.engines import EngineOptions, loop
 from fedtail.engines.base import Sink
+from fedtail.errors import ConfigError
+from fedtail.experiment import Federation
 from fedtail.models.specs import MLP
 
-LOOP = EngineOptions(name="loop")
 PARALLEL = EngineOptions(name="parallel", workers=3)
 VMAP = EngineOptions(name="vmap")
 
 # Everything on ragged clients; variants of a method (gates, optimizers) only there, but for Adam after BatchNorm.
-VARIANTS = [case for case in CASES if case.startswith(("fedgrab-", "fedavg-")) and case not in ("fedgrab-rank", "fedavg-adam")]
+VARIANTS = [
+    case for case in CASES if case.startswith(("fedgrab-", "fedavg-")) and case not in ("fedgrab-rank", "fedavg-adam")
+]
 every_case = pytest.mark.parametrize("case", CASES)
 every_problem = pytest.mark.parametrize(
     ("case", "name"), [(c, n) for c in CASES for n in PROBLEMS if n == "ragged" or c not in VARIANTS]
@@ -37,11 +42,14 @@ every_problem = pytest.mark.parametrize(
 
 def same(a, b):
     """Bit-equality of everything that a run leaves but its records' order of keys."""
-    return (
-        all(trees.equal(x, y) for x, y in zip(a.servers, b.servers, strict=True))
-        and all(x.keys() == y.keys() and all(trees.equal(x[i], y[i]) for i in x) for x, y in zip(a.states, b.states, strict=True))
-        and a.records == b.records
-    )  # fmt: skip
+    servers = all(trees.equal(x, y) for x, y in zip(a.servers, b.servers, strict=True))
+    states = all(trees.equal(by_name(x), by_name(y)) for x, y in zip(a.states, b.states, strict=True))
+    return servers and states and a.records == b.records
+
+
+def by_name(states):
+    """Client states as a tree."""
+    return {str(number): state for number, state in sorted(states.items())}
 
 
 def gap(a, b):
@@ -108,8 +116,9 @@ def test_a_cohort_modifies_none_of_its_inputs(case, name, engine):
             message = running.algorithm.broadcast(ctx, server)
             plans = setting.plans(ctx.round, trained, ids)
             states = {i: setting.state(ctx, message, running.states, i) for i in ids}
-            inputs = (server, message, {str(i): s for i, s in states.items()}, setting.constants, setting.task.initial,
-                      running.task.initial, setting.data.columns | {}, {str(i): torch.from_numpy(p.order) for i, p in plans.items()})  # fmt: skip
+            orders = {str(i): torch.from_numpy(plan.order) for i, plan in plans.items()}
+            inputs = (server, message, by_name(states), setting.constants, setting.task.initial, running.task.initial,
+                      dict(setting.data.columns), orders)  # fmt: skip
             before = trees.clone(inputs)
             sink = Sink(list(plans), phase.reduce == "collect")
             running.engine.cohort(ctx.round, trained, message, states, plans, sink)
@@ -117,7 +126,9 @@ def test_a_cohort_modifies_none_of_its_inputs(case, name, engine):
             total = torch.tensor(sink.total, dtype=setting.task.dtype)
             if phase.reduce == "collect":
                 updates = trees.clone(tuple(sink.updates))
-                server = running.algorithm.server_collect(ctx, server, sink.updates, torch.tensor(sink.weights, dtype=total.dtype))
+                server = running.algorithm.server_collect(
+                    ctx, server, sink.updates, torch.tensor(sink.weights, dtype=total.dtype)
+                )
                 assert trees.equal(tuple(sink.updates), updates)
             else:
                 mean = sink.mean()
@@ -141,7 +152,7 @@ def test_the_order_of_a_cohort_does_not_matter(case, engine):
             plans = setting.plans(ctx.round, 0, order)
             sink = Sink(list(plans), phase.reduce == "collect")
             running.engine.cohort(ctx.round, 0, message, running.states, plans, sink)
-            found.append((sink.mean(), {str(i): s for i, s in sorted(sink.states.items())}, sink.metrics()))
+            found.append((sink.mean(), by_name(sink.states), sink.metrics()))
     assert trees.equal(found[0], found[1])
     assert trees.equal(found[0], found[2])
 
@@ -267,6 +278,31 @@ def test_gathering_many_steps_at_once_changes_nothing(name, monkeypatch):
     assert same(reference, outcome.__wrapped__("staged", name))
 
 
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), st.integers(1, 5), st.integers(1, 5),
+    st.integers(0, 4), st.integers(1, 3), st.booleans(), st.sampled_from(["staged", "fedgrab-rank", "collecting"]),
+)  # fmt: skip
+@settings(max_examples=15)
+def test_engines_agree_on_any_sizes_and_any_work(sizes, batch, least, steps, chunk, images, case):
+    """Clients, batches and chunks of any size: padding, grouping and left-out batches never show."""
+    work = LocalWork(epochs=2, steps=steps, batch_size=batch, min_batch=min(least, batch))
+    model = PROBLEMS["batchnorm" if images else "dropout"].model
+    found = []
+    for engine in (LOOP, PARALLEL, dataclasses.replace(VMAP, chunk=chunk)):
+        whole = Experiment(rounds=2, algorithm=CASES[case], model=model, dtype="float64", engine=engine, local=work)
+        data = problem.federated(sizes, images)
+        if not any(len(work.lengths(size)) for size in sizes):
+            with pytest.raises(ConfigError, match="leave no client with a batch"):
+                Federation(whole, data)
+            return
+        with contextlib.closing(Federation(whole, data)) as running:
+            for _ in range(2):
+                running.advance(running.step())
+            found.append((running.server, by_name(running.states)))
+    assert trees.equal(found[0], found[1])
+    assert distance(found[0], found[2]) <= 1e-10
+
+
 def test_phases_of_a_round_are_separate():
     """Two training phases of a round have their own cohorts, batches and draws; both are recorded."""
     with contextlib.closing(federation("collecting", "ragged")) as running:
@@ -304,7 +340,10 @@ def test_stages_constants_server_data_and_personal_scores():
     assert int(done.servers[-1].batches) == ROUNDS * 2 * 2  # 8 examples in batches of 4, 2 epochs
     assert done.records[-1]["server"]["loss"] > 0
     assert done.records[-1]["personal"]["clients"] == done.records[-1]["local"]["clients"] == 6
-    with contextlib.closing(federation("staged", "ragged")) as one, contextlib.closing(federation("staged", "ragged", seed=1)) as other:
+    with (
+        contextlib.closing(federation("staged", "ragged")) as one,
+        contextlib.closing(federation("staged", "ragged", seed=1)) as other,
+    ):
         assert form(one.constants) == {"offset": ((problem.CLASSES,), torch.float64)}
         assert not trees.equal(one.constants, other.constants)
 

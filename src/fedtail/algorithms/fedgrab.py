@@ -71,7 +71,7 @@ class Gate(NamedTuple):
 
 
 def amp(x: Tensor, top: float, slope: float) -> Tensor:
-    """A map from the controller's output to a factor, top / (1 + (top - 1) exp(-slope x)): increasing, amp(0) = 1, limits 0 and `top`."""
+    """The factor that a controller's output x stands for: increasing, 1 at x = 0, with the limits 0 and `top`."""
     return top / (1 + (top - 1) * torch.exp(-slope * x))
 
 

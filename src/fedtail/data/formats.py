@@ -283,8 +283,8 @@ def _check_columns(path: Path, required: Iterable[str], found: list[str]) -> Non
     for name in required:
         if name not in found:
             raise DataError(
-                f"{path}: no array {name!r}{did_you_mean(name, found)} Found: {', '.join(found) or 'none'}. Needed are x_train, "
-                "y_train, x_test and y_test, or x and y; say with columns what they are called in the file."
+                f"{path}: no array {name!r}{did_you_mean(name, found)} Found: {', '.join(found) or 'none'}. Needed are "
+                "x_train, y_train, x_test and y_test, or x and y; say with columns what they are called in the file."
             )
 
 
