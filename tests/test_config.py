@@ -238,6 +238,11 @@ def test_a_file_needs_to_say_only_what_differs(tmp_path):
     )
 
 
+def test_a_file_from_windows(tmp_path):
+    (tmp_path / "mine.toml").write_bytes("\ufeffrounds = 5\r\n[data]\r\nfolder = 'Übung'\r\n".encode())
+    assert config.load(tmp_path / "mine.toml") == Experiment(rounds=5, data=Data(folder="Übung"))
+
+
 def test_naming_another_class_drops_the_options_of_the_old_one(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text('[data.longtail]\nname = "step"\n[data.partition]\nname = "iid"\n')

@@ -8,9 +8,18 @@ import torch
 
 from fedtail.config import Data
 from fedtail.data.longtail import Exponential, NoTail, Step
-from fedtail.data.partition import IID, DirichletMultinomial, DirichletProportional, Natural, Shards
+from fedtail.data.partition import (
+    IID,
+    DirichletMultinomial,
+    DirichletProportional,
+    Natural,
+    Shards,
+    local_tests,
+    validation_split,
+)
 from fedtail.errors import DataError, PartitionError
 from fedtail.federation import federate
+from fedtail.seeds import Stream, generator
 
 CLASSES, TRAIN, TEST = 4, 400, 80
 
@@ -93,6 +102,24 @@ def test_the_server_s_share_does_not_change_the_validation_split(data):
     first, other = federate(data, 0), federate(dataclasses.replace(data, server=0), 0)
     assert rows(first, first.validation) == rows(other, other.validation)
     assert not len(other.server)
+
+
+def test_every_step_draws_from_the_stream_of_its_name(data):
+    """Streams are part of the format of a run: the parts, put together by hand, give the same federation."""
+    archive = np.load(f"{data.folder}/rows.npz")
+    labels, pool, held = archive["y_train"], np.arange(TRAIN), []
+    for stream, per_class in ((Stream.VALIDATION, 3), (Stream.SERVER_DATA, 5)):
+        keep, out = validation_split(labels[pool], CLASSES, per_class, generator(6, stream))
+        held.append(pool[out])
+        pool = pool[keep]
+    chosen = pool[data.longtail.cut(labels[pool], CLASSES, generator(6, Stream.LONGTAIL))]
+    owners = data.partition.split(labels[chosen], CLASSES, generator(6, Stream.PARTITION))
+    found = federate(data, 6)
+    assert rows(found, found.validation) == held[0].tolist()
+    assert rows(found, found.server) == held[1].tolist()
+    assert [rows(found, owned) for owned in found.owners] == [chosen[owned].tolist() for owned in owners]
+    local = local_tests(found.test_counts(), archive["y_test"], generator(6, Stream.LOCAL_TEST))
+    assert all(map(np.array_equal, found.local_tests, local))
 
 
 def test_options_that_draw_nothing(data):

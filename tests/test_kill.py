@@ -44,12 +44,14 @@ INSTANTS = [
 def experiment(algorithm, checkpoint_every):
     """Client states, partial participation, a validation split; rounds of a few hundredths of a second.
 
-    Clipping makes the bits depend on the order in which a state lists its tensors.
+    Clipping makes the bits depend on the order in which a state lists its tensors. The rate is so high that SCAFFOLD
+    is best after its third round: a resumed run that forgets the best score writes another best.safetensors.
     """
     method = {"scaffold": fedtail.Scaffold, "fedgrab": fedtail.FedGraB}[algorithm]
     return Experiment(
+        seed=5,
         rounds=7,
-        algorithm=method(optimizer=fedtail.SGD(clip=0.5)),
+        algorithm=method(optimizer=fedtail.SGD(lr=4.0, clip=0.5)),
         data=Data(validation=5),
         local=fedtail.LocalWork(epochs=1),
         participation=Participation(fraction=0.5),
@@ -152,6 +154,8 @@ def drive(root, algorithm, checkpoint_every, seed, timed):
         return True
 
     instants = [(*moment, rng.randint(1, 5)) for moment in INSTANTS]
+    # In a resumed life the calls are of best.safetensors, if there is a new one, and of checkpoint.safetensors, in turn.
+    instants += [("replace", when, count) for when in ("before", "after") for count in (1, 2, 3, 4)]
     for instant in rng.sample(instants, len(instants)):
         kills["instant"] += killed(instant=instant)
     for _ in range(4 * timed):
@@ -190,7 +194,7 @@ def assert_equal_runs(root):
 
 def test_killed_at_the_instants_of_writing(tmp_path):
     kills = start(tmp_path, "scaffold", 1, 1, 0)
-    assert kills["instant"] >= 8  # of 11: a life that has fewer calls of the function ends by itself
+    assert kills["instant"] >= 12  # of 19: a life that has fewer calls of the function ends by itself
     assert_equal_runs(tmp_path)
 
 
@@ -201,7 +205,7 @@ def test_killed_at_the_instants_of_writing(tmp_path):
 )
 def test_killed_at_random_moments(tmp_path, algorithm, checkpoint_every, seed):
     kills = start(tmp_path, algorithm, checkpoint_every, seed, 6)
-    assert kills["instant"] >= 5
+    assert kills["instant"] >= 8
     assert kills["time"] == 6
     assert_equal_runs(tmp_path)
 

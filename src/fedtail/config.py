@@ -309,7 +309,7 @@ def load(path: str | Path) -> Experiment:
     file = Path(path)
     file = file / "config.toml" if file.is_dir() else file
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"cannot read the experiment {file}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -6,6 +6,7 @@ partition.npz             who holds what: offsets [clients + 1], examples, count
 metrics.jsonl             one record a round; the same seed gives the same bytes
 timings.jsonl             seconds a round; not reproducible, therefore apart
 checkpoint.safetensors    the latest state; best.safetensors: by validation score
+.lock                     held by the process that runs it
 """
 
 import contextlib
