@@ -12,7 +12,7 @@ from fedtail.data import fetch
 from fedtail.data.longtail import Exponential
 from fedtail.data.partition import DirichletMultinomial
 from fedtail.data.plan import LocalWork
-from fedtail.errors import DataError
+from fedtail.errors import ConfigError, DataError
 from fedtail.experiment import Federation, reopen, rounds_of, start
 from fedtail.models.specs import MLP, LeNet
 
@@ -61,6 +61,9 @@ def main(output: Path, rounds: int = 0) -> None:
         folders.append(folder)
         if (folder / "config.toml").exists():
             federation = reopen(folder)
+            if federation.experiment.rounds != experiment.rounds:
+                raise ConfigError(f"{folder} is a demo of {federation.experiment.rounds} rounds, not {experiment.rounds}. "
+                                  "Choose another folder with --output.")  # fmt: skip
             left = rounds_of(federation, folder)
         else:
             federation = Federation(dataclasses.replace(experiment, algorithm=algorithm))

@@ -25,7 +25,7 @@ from fedtail.engines import choose, make_engine
 from fedtail.engines.base import Engine, Setting, Sink
 from fedtail.errors import CheckpointError, ConfigError, FedtailError, TrainingError
 from fedtail.evaluate import Judge, Split, shot_groups
-from fedtail.federation import Predictor, federate, make_task
+from fedtail.federation import Predictor, check_device, federate, make_task
 from fedtail.seeds import Stream, generator
 from fedtail.task import Variables
 from fedtail.trees import Tree, all_finite
@@ -58,6 +58,7 @@ class Federation:
     """An experiment under way: the fixed setting and the state between two rounds."""
 
     def __init__(self, experiment: Experiment, data: FederatedData | None = None):
+        check_device(experiment.device)
         self.data = data if data is not None else federate(experiment.data, experiment.seed, experiment.device)
         self.task = make_task(experiment, self.data)
         holders = [i for i, owned in enumerate(self.data.owners) if len(experiment.local.lengths(len(owned)))]
@@ -274,6 +275,7 @@ def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
     if not (path / "config.toml").is_file():
         raise CheckpointError(f"{path} is not a run folder: it has no config.toml. `fedtail run` makes one.")
     experiment = config.load(path)
+    check_device(experiment.device)
     snapshot = runs.load_checkpoint(
         path / f"{checkpoint}.safetensors", config.fingerprint(experiment), experiment.device
     )
@@ -301,7 +303,10 @@ def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult
     with contextlib.closing(federation), runs.locked(path) if path else contextlib.nullcontext():
         size = 0
         if path is not None:
-            size = runs.load_checkpoint(path / "checkpoint.safetensors").meta["metrics_bytes"]
+            latest = runs.load_checkpoint(path / "checkpoint.safetensors", device=experiment.device)
+            if latest.meta["round"] != federation.round:  # another process went on before we had the lock
+                federation.restore(latest)
+            size = latest.meta["metrics_bytes"]
             runs.truncate_metrics(path, size)
         while federation.round < experiment.rounds:
             start = time.perf_counter()

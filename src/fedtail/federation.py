@@ -77,17 +77,23 @@ class Predictor(nn.Module):
         return self.network(prepare(x, dtype, self.mean, self.std))
 
 
+def check_device(name: str) -> None:
+    """Raises ConfigError if torch cannot put a tensor on this device."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; torch without CUDA; no driver; no such card
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(f"device {name!r}: torch {torch.__version__} says: {why}. Use device = 'cpu'.") from error
+
+
 def make_task(experiment: Experiment, data: FederatedData) -> Task:
     """Builds the network for these data and moves it to the device.
 
     Raises:
-        ConfigError: the network does not fit the data, or there is no such device.
+        ConfigError: the network does not fit the data.
     """
-    device = experiment.device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r}: torch {torch.__version__} sees no GPU. Use device = 'cpu'.")
     shape = tuple(data.columns["x"].shape[1:])
     return build_task(
         lambda: experiment.model.build(shape, data.num_classes), data.num_classes, shape,
-        seed=experiment.seed, dtype=getattr(torch, experiment.dtype), device=device,
+        seed=experiment.seed, dtype=getattr(torch, experiment.dtype), device=experiment.device,
     )  # fmt: skip

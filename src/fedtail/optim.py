@@ -263,4 +263,4 @@ class Partition(Optimizer):
         return params, state
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam}
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "partition": Partition}

@@ -284,7 +284,7 @@ def _check_columns(path: Path, required: Iterable[str], found: list[str]) -> Non
         if name not in found:
             raise DataError(
                 f"{path}: no array {name!r}{did_you_mean(name, found)} Found: {', '.join(found) or 'none'}. Needed are "
-                "x_train, y_train, x_test and y_test, or x and y; say with columns what they are called in the file."
+                "x_train, y_train, x_test and y_test, or x and y; rename them in the file."
             )
 
 
