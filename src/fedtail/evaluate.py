@@ -10,7 +10,7 @@ from torch import Tensor
 from fedtail.algorithm import Client, Context, Round
 from fedtail.config import Evaluation
 from fedtail.data.federated import FederatedData
-from fedtail.engines.base import Engine
+from fedtail.engines.base import Engine, blame
 from fedtail.errors import ConfigError
 from fedtail.metrics import GroupRule, ShotGroups, client_spread, from_confusion
 from fedtail.task import Worker
@@ -100,7 +100,7 @@ class Judge:
         setting = self.engine.setting
 
         def one(worker: Worker, part: Tensor) -> Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), blame("predict"):
                 ctx = Context(worker, self.round, self.constants, None)
                 x = setting.data.prepare(part, setting.task.dtype)
                 return setting.algorithm.predict(ctx, self.message, None, x).argmax(1)
@@ -117,7 +117,7 @@ class Judge:
             counts = torch.from_numpy(setting.counts[number]).to(device, dtype)
             client = Client(torch.tensor(number, device=device), counts.sum(), counts, torch.zeros_like(counts[0]))
             ctx = Context(worker, self.round, self.constants, client)
-            with torch.no_grad():
+            with torch.no_grad(), blame("predict"):
                 state = setting.state(ctx, self.message, self.states, number)
                 parts = data.test["x"][rows].split(self.options.batch_size)
                 labels = [

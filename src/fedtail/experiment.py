@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from fedtail import config, runs
-from fedtail.algorithm import Batch, Context, Phase, Round
+from fedtail.algorithm import Context, Phase, Round
 from fedtail.config import Experiment
 from fedtail.data.federated import FederatedData
 from fedtail.data.plan import make_plan
 from fedtail.engines import choose, make_engine
-from fedtail.engines.base import Engine, Setting, Sink
-from fedtail.errors import CheckpointError, ConfigError, FedtailError, TrainingError
+from fedtail.engines.base import Engine, Setting, Sink, blame, one_thread
+from fedtail.engines.loop import iterate
+from fedtail.errors import CheckpointError, ConfigError, TrainingError
 from fedtail.evaluate import Judge, Split, shot_groups
 from fedtail.federation import Predictor, check_device, federate, make_task
 from fedtail.seeds import Stream, generator
@@ -41,17 +42,6 @@ class RoundResult(NamedTuple):
     record: dict[str, Any]  # what metrics.jsonl gets
     server: Tree
     seconds: float
-
-
-@contextlib.contextmanager
-def blame(method: str) -> Generator[None]:
-    """Names the server method of the algorithm in which an unexpected error arose."""
-    try:
-        yield
-    except FedtailError:
-        raise
-    except Exception as error:
-        raise TrainingError(f"The algorithm failed in {method}: {type(error).__name__}: {error}") from error
 
 
 class Federation:
@@ -77,10 +67,11 @@ class Federation:
         shot_groups(experiment.evaluation.groups, self.data)  # a rule that does not fit is refused before training
         self.round, self.stage, self.best = 0, 0, -1.0
         self.states: dict[int, Tree] = {}
-        self.constants = self.algorithm.constants(self.task, generator(experiment.seed, Stream.CONSTANTS))
+        with one_thread(), blame("constants"):
+            self.constants = self.algorithm.constants(self.task, generator(experiment.seed, Stream.CONSTANTS))
         self.engine = self._engine()
         self.worker = self.engine.setting.task.worker()
-        with blame("init_server"):
+        with one_thread(), blame("init_server"):
             self.server = self.algorithm.init_server(self.context(), generator(experiment.seed, Stream.ALGORITHM))
         log.info("engine %s: %s", options.name, self.reason)
 
@@ -129,6 +120,7 @@ class Federation:
 
     def step(self) -> dict[str, Any]:
         """Runs one round; returns its record without scores."""
+        self.engine.open()
         record: dict[str, Any] = {"round": self.round}
         trained = 0
         phases = self.algorithm.phases(self.round, self.experiment.rounds)
@@ -145,16 +137,20 @@ class Federation:
             record["diagnostics"] = plain(self.algorithm.diagnostics(ctx, self.server))
         return record
 
+    def message(self, ctx: Context) -> Tree:
+        """Returns what the server sends now."""
+        with torch.no_grad(), blame("broadcast"):
+            return self.algorithm.broadcast(ctx, self.server)
+
     def _phase(self, phase: Phase, trained: int) -> Sink:
         ids = self.draw(phase)
         ctx = self.context(phase, len(ids))
-        with torch.no_grad(), blame("broadcast"):
-            message = self.algorithm.broadcast(ctx, self.server)
+        message = self.message(ctx)
         plans = self.engine.setting.plans(ctx.round, trained, ids)
         sink = Sink(list(plans), phase.reduce == "collect")
         self.engine.cohort(ctx.round, trained, message, self.states, plans, sink)
         total = torch.tensor(sink.total, dtype=self.task.dtype, device=self.task.device)
-        with torch.no_grad(), blame("server_update"):
+        with torch.no_grad(), blame("server_collect" if phase.reduce == "collect" else "server_update"):
             if phase.reduce == "collect":
                 weights = torch.tensor(sink.weights, dtype=self.task.dtype, device=self.task.device)
                 self.server = self.algorithm.server_collect(ctx, self.server, sink.updates, weights)
@@ -169,29 +165,29 @@ class Federation:
         return sink
 
     def _server_data(self) -> dict[str, Any]:
-        """Loops `server_step` over the server's data, once an epoch of the local work."""
-        experiment, ctx = self.experiment, self.context(Phase("server"))
-        plan = make_plan(experiment.seed, self.round, 0, self.data.clients, self.data.server, experiment.local, {})
-        start, sums = 0, dict[str, torch.Tensor]()
-        for n in plan.lengths.tolist():
-            rows = torch.from_numpy(plan.order[start : start + n]).to(self.task.device)
-            batch = Batch(self.data.gather(rows, self.task.dtype, {}, self.algorithm.columns), None, {})
+        """Loops `server_step` over the server's data, for as much work as a client's."""
+        experiment, ctx, setting = self.experiment, self.context(Phase("server")), self.engine.setting
+        plan = make_plan(experiment.seed, self.round, 0, self.data.clients, self.data.server, experiment.local,
+                         setting.draws())  # fmt: skip
+        sums = dict[str, torch.Tensor]()
+        for batch in iterate(setting, plan):
             with blame("server_step"):
                 self.server, metrics = self.algorithm.server_step(ctx, self.server, batch)
-            sums = {k: sums.get(k, 0.0) + v / len(plan.lengths) for k, v in metrics.items()}  # type: ignore[operator]
-            start += n
-        return plain(sums)
+            sums = {k: sums[k] + v if k in sums else v for k, v in metrics.items()}
+        return plain({k: v / len(plan.lengths) for k, v in sums.items()})
 
     def score(self, split: Split = "all") -> dict[str, Any]:
         """Judges the present model on a split; "all" is what a round is judged on: test and validation."""
+        self.engine.open()
         ctx = self.context(cohort=self.cohort_size)
-        with torch.no_grad():
-            message = self.algorithm.broadcast(ctx, self.server)
-        judge = Judge(self.engine, ctx.round, self.constants, message, self.states, self.experiment.evaluation)
+        judge = Judge(
+            self.engine, ctx.round, self.constants, self.message(ctx), self.states, self.experiment.evaluation
+        )
         return judge.scores(split)
 
     def advance(self, record: dict[str, Any]) -> None:
         """Lets the algorithm move between rounds, then counts the round."""
+        self.engine.open()
         with torch.no_grad(), blame("advance"):
             stage, self.server = self.algorithm.advance(self.context(), self.server, record)
         self.round += 1
@@ -199,11 +195,11 @@ class Federation:
 
     def module(self, client: int | None = None) -> Predictor:
         """Returns the trained network with its input scaling, in evaluation mode."""
-        task = self.engine.setting.task
-        with torch.no_grad():
-            message = self.algorithm.broadcast(self.context(), self.server)
-        state = None if client is None else self.engine.setting.state(self.context(), message, self.states, client)
-        variables: Variables = self.algorithm.variables(self.context(), message, state)
+        task, ctx = self.engine.setting.task, self.context()
+        with torch.no_grad(), one_thread():
+            message = self.message(ctx)
+            state = None if client is None else self.engine.setting.state(ctx, message, self.states, client)
+            variables: Variables = self.algorithm.variables(ctx, message, state)
         module = copy.deepcopy(task.module)
         known = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
         module.load_state_dict({k: v for k, v in {**variables.params, **variables.buffers}.items() if k in known})

@@ -207,7 +207,7 @@ class Adam(Optimizer):
 
     def init(self, params: Params) -> AdamState:
         """Returns zero moments."""
-        like = next(iter(params.values()))
+        like = next(iter(params.values()), torch.zeros(()))
         zeros = {k: torch.zeros_like(v) for k, v in params.items()}
         return AdamState(
             torch.zeros((), dtype=like.dtype, device=like.device), zeros, {k: v.clone() for k, v in zeros.items()}

@@ -1,7 +1,7 @@
 """Task: what is trained, as a description. Worker: one thread's way to call, differentiate and step it."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,8 @@ from fedtail.models.layers import Dropout, replace_dropout
 from fedtail.models.user import find_classifier
 from fedtail.optim import Foreach, ForeachInPlace, Optimizer, Params, PerKey
 from fedtail.seeds import Stream, generator
+
+BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))  # a larger float64 would become 1 in float32
 
 
 class Variables(NamedTuple):
@@ -48,7 +50,7 @@ class Draw(NamedTuple):
             return rng.standard_normal(size)
         if self.kind == "integers":
             return rng.integers(self.high, size=size)
-        uniform = rng.random(size)
+        uniform = np.minimum(rng.random(size), BELOW_ONE)
         return uniform if self.kind == "uniform" else (uniform < self.p).astype(np.float64)
 
 
@@ -172,6 +174,15 @@ class Worker:
         self._skeleton = copy.deepcopy(task.module)
         self._slots, self._masks = self._empty()
         self._training: bool | None = None
+        self._foreign: set[int] = set()  # storages that are not to be overwritten
+
+    def protect(self, shared: Sequence[trees.Tree]) -> None:
+        """Names the trees (message, client state, constants, ...) whose tensors no update in place may touch."""
+        self._foreign = {t.untyped_storage().data_ptr() for tree in shared for t in trees.leaves(tree)}
+
+    def own(self, tree: trees.Tree) -> trees.Tree:
+        """Returns the tree with copies of those tensors whose memory is protected."""
+        return trees.tree_map(lambda t: t.clone() if t.untyped_storage().data_ptr() in self._foreign else t, tree)
 
     def _empty(self) -> tuple[list[tuple[str, bool, dict[str, Any], str]], list[tuple[str, dict[str, Any]]]]:
         """Takes parameters and buffers out of the skeleton; returns where each one goes (tied ones share a name)."""
@@ -255,4 +266,6 @@ class Worker:
         self, optimizer: Optimizer, grads: Params, state: Any, params: Params, scale: float = 1.0
     ) -> tuple[Params, Any]:
         """Makes one step of the optimizer; returns the new (parameters, state)."""
+        if self.donate:
+            grads, params = self.own(grads), self.own(params)
         return optimizer.update(self._ops, grads, state, params, scale)

@@ -1,7 +1,10 @@
 """What all engines share: the setting of a run, the sink that sums updates in order, and the checks on what comes back."""
 
+import contextlib
+import sys
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +17,7 @@ from fedtail.algorithm import Algorithm, Client, Context, Round
 from fedtail.data.augment import augment_draws
 from fedtail.data.federated import FederatedData
 from fedtail.data.plan import LocalWork, Plan, make_plan
-from fedtail.errors import TrainingError
+from fedtail.errors import FedtailError, TrainingError
 from fedtail.seeds import Stream, generator
 from fedtail.task import Draw, Task
 from fedtail.trees import Tree
@@ -144,6 +147,55 @@ class Setting:
         return self.algorithm.init_client(ctx, message, generator(self.seed, Stream.CLIENT, client))
 
 
+@contextlib.contextmanager
+def blame(method: str) -> Generator[None]:
+    """Names the server method of the algorithm in which an unexpected error arose."""
+    try:
+        yield
+    except FedtailError:
+        raise
+    except Exception as error:
+        raise TrainingError(f"The algorithm failed in {method}: {type(error).__name__}: {error}") from error
+
+
+def remedy(error: Exception) -> str:
+    """Returns what to do about an error that arose on a client."""
+    if "more than 1 value per channel" in str(error):  # BatchNorm and a batch of one
+        return 'Set local.min_batch = 2 to leave such batches out, or use a model with norm = "group".'
+    return 'Re-run with engine.name = "loop" to step through it.'
+
+
+class _Machine:
+    """What the process had before the first user of `one_thread`."""
+
+    lock = threading.Lock()
+    users = 0
+    threads = 1
+    interval = 0.005
+
+
+@contextlib.contextmanager
+def one_thread() -> Generator[None]:
+    """Holds torch at one intra-op thread, so that no machine's cores change a bit; the last user restores it.
+
+    The interpreter switches threads often meanwhile: steps of a small model are shorter than its default of 5 ms.
+    """
+    with _Machine.lock:
+        if _Machine.users == 0:
+            _Machine.threads, _Machine.interval = torch.get_num_threads(), sys.getswitchinterval()
+            torch.set_num_threads(1)
+            sys.setswitchinterval(1e-4)
+        _Machine.users += 1
+    try:
+        yield
+    finally:
+        with _Machine.lock:
+            _Machine.users -= 1
+            if _Machine.users == 0:
+                torch.set_num_threads(_Machine.threads)
+                sys.setswitchinterval(_Machine.interval)
+
+
 class Engine(ABC):
     """Runs a cohort: the only function in which engines differ."""
 
@@ -151,13 +203,13 @@ class Engine(ABC):
 
     def __init__(self, setting: Setting):
         self.setting = setting
-        self._before: int | None = None  # intra-op threads to restore
+        self._alone: contextlib.AbstractContextManager[None] | None = None
 
     def open(self) -> None:
         """Takes threads, at the first use (an engine that is never used changes nothing); may be called again."""
-        if self._before is None:
-            self._before = torch.get_num_threads()
-            torch.set_num_threads(1)
+        if self._alone is None:
+            self._alone = one_thread()
+            self._alone.__enter__()
 
     @abstractmethod
     def cohort(self, round: Round, trained: int, message: Tree, states: Mapping[int, Tree], plans: Mapping[int, Plan],
@@ -179,9 +231,9 @@ class Engine(ABC):
 
     def close(self) -> None:
         """Gives threads back; may be called again."""
-        if self._before is not None:
-            torch.set_num_threads(self._before)
-            self._before = None
+        if self._alone is not None:
+            self._alone.__exit__(None, None, None)
+            self._alone = None
 
 
 def check_result(result: Result, losses: Tensor | None, round: Round) -> Result:

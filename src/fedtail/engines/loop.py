@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtail import trees
 from fedtail.algorithm import Batch, Client, Context, Round, as_tensor
 from fedtail.data.plan import Plan
-from fedtail.engines.base import Engine, Result, Setting, Sink, check_result
+from fedtail.engines.base import Engine, Result, Setting, Sink, check_result, remedy
 from fedtail.errors import FedtailError, TrainingError
 from fedtail.task import Worker
 from fedtail.trees import Tree
@@ -43,24 +42,37 @@ def iterate(setting: Setting, plan: Plan) -> Any:
         step, offset = last, offset + count
 
 
-def owned(local: Tree, shared: Sequence[Tree]) -> Tree:
-    """Clones the tensors of a local state whose memory belongs to message, client state, constants or task."""
-    foreign = {leaf.untyped_storage().data_ptr() for tree in shared for leaf in trees.leaves(tree)}
-    return trees.tree_map(lambda t: t.clone() if t.untyped_storage().data_ptr() in foreign else t, local)
-
-
 def run_client(
-    setting: Setting, worker: Worker, round: Round, client: Client, message: Tree, state: Tree, plan: Plan
+    setting: Setting,
+    worker: Worker,
+    round: Round,
+    client: Client,
+    message: Tree,
+    states: Mapping[int, Tree],
+    plan: Plan,
 ) -> Result:
-    """Runs one client's phase from its plan; the node of a real deployment calls this very function."""
+    """Runs one client's phase from its plan; the node of a real deployment calls this very function.
+
+    Args:
+        setting: what stays the same.
+        worker: this thread's.
+        round: the circumstance.
+        client: whom it is about.
+        message: the broadcast.
+        states: kept client states by index; without one the client starts with its initial state.
+        plan: what the client does.
+    """
     algorithm, step = setting.algorithm, -1
     ctx = Context(worker, round, setting.constants, client)
     number = int(client.index)
-    stage = "local_init"
+    stage = "init_client"
     try:
+        state = setting.state(ctx, message, states, number)
+        stage = "local_init"
         local = algorithm.local_init(ctx, message, state)
         if worker.donate:
-            local = owned(local, (message, state, setting.constants, setting.task.initial))
+            worker.protect((message, state, setting.constants, setting.task.initial))
+            local = worker.own(local)
         stage, sums, losses = "local_step", dict[str, Tensor](), list[Tensor]()
         for step, batch in enumerate(iterate(setting, plan)):  # noqa: B007 (named in the error)
             local, metrics = algorithm.local_step(ctx, message, state, local, batch)
@@ -74,12 +86,9 @@ def run_client(
     except FedtailError:
         raise
     except Exception as error:
-        remedy = 'Re-run with engine.name = "loop" to step through it.'
-        if "more than 1 value per channel" in str(error):  # BatchNorm and a batch of one
-            remedy = 'Set local.min_batch = 2 to leave such batches out, or use a model with norm = "group".'
         where = f" at step {step} " if stage == "local_step" else " "
         raise TrainingError(
-            f"Client {number} failed in {stage}{where}of round {round.index}: {type(error).__name__}: {error} {remedy}"
+            f"Client {number} failed in {stage}{where}of round {round.index}: {type(error).__name__}: {error} {remedy(error)}"
         ) from error
     means = {name: value / len(plan.lengths) for name, value in sums.items()}
     result = Result(number, update, weight, state, means, len(setting.data.owners[number]))
@@ -102,9 +111,7 @@ class LoopEngine(Engine):
         clients = self.setting.clients(plans)
         for position, number in enumerate(plans):
             client = Client(*(value[position] for value in clients))
-            ctx = Context(self._worker, round, self.setting.constants, client)
-            state = self.setting.state(ctx, message, states, number)
-            sink.add(run_client(self.setting, self._worker, round, client, message, state, plans[number]))
+            sink.add(run_client(self.setting, self._worker, round, client, message, states, plans[number]))
 
     def map_batches(self, function: Any, items: Sequence[Any]) -> list[Any]:
         """Runs them one after another."""

@@ -1,6 +1,5 @@
 """Clients side by side on the cores of a CPU, one intra-op thread each: bit-identical to the loop engine."""
 
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fedtail.algorithm import Client, Context, Round
+from fedtail.algorithm import Client, Round
 from fedtail.data.plan import Plan
 from fedtail.engines.base import Engine, Result, Setting, Sink
 from fedtail.engines.loop import run_client
@@ -32,8 +31,6 @@ class ParallelEngine(Engine):
         """Starts the pool at the first use."""
         if self._pool is None:
             super().open()
-            self._interval = sys.getswitchinterval()
-            sys.setswitchinterval(1e-4)  # steps of a small model are shorter than the default 5 ms
             self._pool = ThreadPoolExecutor(self._workers, "fedtail", initializer=torch.set_num_threads, initargs=(1,))
 
     def _running(self) -> ThreadPoolExecutor:
@@ -55,9 +52,7 @@ class ParallelEngine(Engine):
         def one(position: int, number: int) -> None:
             worker = self._worker()
             client = Client(*(value[position] for value in clients))
-            ctx = Context(worker, round, self.setting.constants, client)
-            state = self.setting.state(ctx, message, states, number)
-            result: Result = run_client(self.setting, worker, round, client, message, state, plans[number])
+            result: Result = run_client(self.setting, worker, round, client, message, states, plans[number])
             with lock:
                 sink.add(result)
 
@@ -77,9 +72,8 @@ class ParallelEngine(Engine):
         return list(self._running().map(lambda item: function(self._worker(), item), items))
 
     def close(self) -> None:
-        """Ends the threads; restores the intra-op threads and the switch interval."""
+        """Ends the threads."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
-            sys.setswitchinterval(self._interval)
         super().close()

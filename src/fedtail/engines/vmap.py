@@ -15,7 +15,7 @@ from torch import Tensor
 from fedtail import trees
 from fedtail.algorithm import Batch, Client, Context, Round, as_tensor
 from fedtail.data.plan import Plan
-from fedtail.engines.base import Engine, Result, Setting, Sink, check_result
+from fedtail.engines.base import Engine, Result, Setting, Sink, check_result, remedy
 from fedtail.errors import FedtailError, TrainingError
 from fedtail.trees import Tree
 
@@ -46,7 +46,7 @@ class VmapEngine(Engine):
                 raise TrainingError(
                     f"{type(self.setting.algorithm).__name__} failed in the vmap engine in round {round.index} (clients "
                     f"{ids}): {type(error).__name__}: {error}\nA method must not branch on a tensor's value, call .item() "
-                    'or draw random numbers of its own. Re-run with engine.name = "loop" to step through it.'
+                    f"or draw random numbers of its own. {remedy(error)}"
                 ) from error
             for result in results:
                 sink.add(result)
@@ -56,8 +56,6 @@ class VmapEngine(Engine):
     ) -> list[Result]:
         setting, algorithm, ids = self.setting, self.setting.algorithm, list(plans)
         clients = setting.clients(plans)
-        server = Context(self._worker, round, setting.constants, None)
-        kept = trees.stack([setting.state(server, message, states, i) for i in ids])
 
         def ctx(client: Client) -> Context:
             return Context(self._worker, round, setting.constants, client)
@@ -68,6 +66,8 @@ class VmapEngine(Engine):
         def final(client: Client, state: Tree, local: Tree) -> tuple[Tree, Tree, Tensor]:
             return *algorithm.local_final(ctx(client), message, state, local), algorithm.weight(ctx(client))
 
+        each = [Client(*(value[row] for value in clients)) for row in range(len(ids))]
+        kept = trees.stack([setting.state(ctx(c), message, states, i) for c, i in zip(each, ids, strict=True)])
         local = torch.vmap(init, randomness="error")(clients, kept)
         local, sums, losses = self._train(round, message, clients, kept, local, list(plans.values()))
         updates, new, weights = torch.vmap(final, randomness="error")(clients, kept, local)
