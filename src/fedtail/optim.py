@@ -5,7 +5,7 @@ same and overwrites its first argument (for tensors that the engine has given aw
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -234,7 +234,7 @@ class Adam(Optimizer):
 class Partition(Optimizer):
     """Several optimizers, each for the parameters whose names begin with its prefix (a GAN's two networks, a head)."""
 
-    parts: dict[str, Optimizer]
+    parts: dict[str, Optimizer] = field(default_factory=dict[str, Optimizer])
     """From name prefix to optimizer; the longest matching prefix counts."""
 
     def _groups(self, params: Params) -> dict[str, list[str]]:
