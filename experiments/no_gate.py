@@ -32,7 +32,11 @@ class Observed(FedGraB):
         loss, new, metrics = super().balance(state, allowed, draw, z, batch)
         y = one_hot(batch.y, z.shape[-1], z.dtype)
         size = (torch.sigmoid(z.detach()) - y).abs() / batch.size
-        return loss, new, {**metrics, "plain_positive": batch.sum(y * size), "plain_negative": batch.sum((1 - y) * size)}
+        return (
+            loss,
+            new,
+            {**metrics, "plain_positive": batch.sum(y * size), "plain_negative": batch.sum((1 - y) * size)},
+        )
 
 
 def measure(clients: int, gate: str, rounds: int = 10) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def problem():
 
 def experiment(algorithm, **changes):
     values = dict(
-        rounds=ROUNDS, algorithm=algorithm, model=MLP(hidden=()), local=LocalWork(epochs=3, batch_size=4), 
+        rounds=ROUNDS, algorithm=algorithm, model=MLP(hidden=()), local=LocalWork(epochs=3, batch_size=4),
         dtype="float64", engine=EngineOptions(name="loop"), data=Data(), evaluation=Evaluation(local=False),
         schedule=StepDecay(every=2, factor=0.5),
     )  # fmt: skip
