@@ -153,6 +153,10 @@ class SGD(Optimizer):
         _non_negative("SGD", weight_decay=self.weight_decay, clip=self.clip, momentum=self.momentum)
         if self.momentum >= 1:
             raise ConfigError(f"SGD.momentum must be in [0, 1), got {self.momentum}.")
+        if self.nesterov and not self.momentum:
+            raise ConfigError(
+                "SGD.nesterov is a form of the momentum, which is 0. Set momentum > 0, or nesterov = false."
+            )
 
     def init(self, params: Params) -> SGDState:
         """Returns zero buffers."""
@@ -182,7 +186,10 @@ class AdamState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Adam(Optimizer):
-    """Adam (Kingma and Ba, ICLR 2015), as torch.optim.Adam computes it; `decoupled` gives AdamW."""
+    """Adam (Kingma and Ba, ICLR 2015), as torch.optim.Adam computes it; `decoupled` gives AdamW.
+
+    In float32 the bias corrections are rounded, so the first steps differ from torch's by about 1e-5 of themselves.
+    """
 
     lr: float = 0.001
     """Learning rate, > 0."""

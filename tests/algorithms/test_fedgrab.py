@@ -297,7 +297,7 @@ def test_7_the_running_mean_counts_every_estimate():
     """pi_bar_t = ((t' - 1) pi_bar + pi_t) / t', over three rounds; frozen after the round that is named."""
     for freeze in (0, 2):
         estimates, priors = [], []
-        with contextlib.closing(federation(FedGraB(optimizer=SGD(lr=0.1), freeze_prior=freeze))) as running:
+        with contextlib.closing(federation(FedGraB(optimizer=SGD(lr=0.1), freeze_prior=freeze, warm=2))) as running:
             for _ in range(3):
                 running.advance(running.step())
                 estimates.append(analyse(running.server.model.params["head.weight"]))

@@ -138,7 +138,7 @@ class FedGraB(Algorithm):
     freeze_prior: int = 0
     """Round after which the prior is kept as it is; 0 = never."""
     order: Literal["prior", "class_id"] = "prior"
-    """Source of the ranks; "class_id" is the authors' release and leaks the true order when classes are sorted."""
+    """Source of the ranks; "class_id" (the authors' release) acts from round 0 and leaks the order of sorted classes."""
     frozen_classifier: bool = False
     """Authors' release: the classifier receives no steps. For comparison only."""
     bypass_counter: bool = False
@@ -152,6 +152,9 @@ class FedGraB(Algorithm):
         if not (0 < self.gate_base <= 1 and self.warm >= 0 and self.freeze_prior >= 0):
             raise ConfigError("FedGraB needs gate_base in (0, 1], warm >= 0 and freeze_prior >= 0; "
                               f"got {self.gate_base}, {self.warm}, {self.freeze_prior}.")  # fmt: skip
+        if self.order == "prior" and 0 < self.freeze_prior < self.warm:
+            raise ConfigError(f"FedGraB.freeze_prior = {self.freeze_prior} comes before warm = {self.warm} estimates: the "
+                              f"gate would never act. Use freeze_prior >= {self.warm}, or 0.")  # fmt: skip
 
     def draws(self, task: Task, batch_size: int) -> dict[str, Draw]:
         """One uniform number a class and batch decides who is bypassed."""

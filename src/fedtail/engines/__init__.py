@@ -35,7 +35,8 @@ class EngineOptions:
 
     def cores(self) -> int:
         """Returns the number of threads to use."""
-        return self.workers or len(os.sched_getaffinity(0))
+        own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.workers or own
 
 
 def choose(task: Task, cohort: int, cores: int) -> tuple[EngineName, str]:

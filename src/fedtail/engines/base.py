@@ -78,9 +78,17 @@ class Sink:
             self._sum = trees.tree_map(lambda s, u: s.add_(u, alpha=result.weight), self._sum, result.update)
 
     def mean(self) -> Tree:
-        """Returns sum(w u) / sum(w); a single result as it is; integer buffers are rounded."""
+        """Returns sum(w u) / sum(w); a single result as it is; integer buffers are rounded.
+
+        Raises:
+            TrainingError: every client answered with weight 0.
+        """
         assert self._first is not None
-        if self._sum is None or self.total == 0:
+        if self.total == 0:
+            raise TrainingError(
+                f"All {len(self.weights)} clients answered with weight 0. Look at the algorithm's weight()."
+            )
+        if self._sum is None:
             return self._first.update
         return trees.tree_map(lambda s, u: _narrow(s / self.total, u.dtype), self._sum, self._first.update)
 
