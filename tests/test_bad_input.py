@@ -223,7 +223,7 @@ def test_a_file_that_is_no_text(fail):
 
 def test_broken_algorithm_file(fail):
     Path("mine.py").write_text("import fedtail\nclass Mine(fedtail.Algorithm:\n    pass\n")
-    has(fail("run", "--algorithm.name", "mine.py:Mine"), "mine.py cannot be imported", "SyntaxError")
+    has(fail("run", "--algorithm.name", "mine.py:Mine"), "mine.py could not be run", "SyntaxError")
     Path("other.py").write_text("class Mine: pass\n")
     has(fail("run", "--algorithm.name", "other.py:Mine"), "other.py has no Algorithm named 'Mine'")
 

@@ -361,12 +361,12 @@ def test_an_algorithm_of_one_s_own(tmp_path, monkeypatch):
     for target, message in [
         ("mine.py:Other", r"mine\.py has no Algorithm named 'Other'"),
         ("mine.py:other", r"mine\.py has no Algorithm named 'other'"),
-        ("else.py:Mine", r"there is no file .*else\.py \(from 'else\.py:Mine'\)"),
+        ("else.py:Mine", r"algorithm 'else\.py:Mine': there is no file .*else\.py"),
     ]:
         with pytest.raises(ConfigError, match=message):
             config.resolve(Algorithm, target)
     Path("broken.py").write_text("import nothing_of_this_name\n")
-    with pytest.raises(ConfigError, match=r"broken\.py cannot be imported: ModuleNotFoundError"):
+    with pytest.raises(ConfigError, match=r"broken\.py could not be run: ModuleNotFoundError"):
         config.resolve(Algorithm, "broken.py:Mine")
     Path("broken.py").write_text(MINE)  # mended: a failed import leaves nothing behind
     assert config.resolve(Algorithm, "broken.py:Mine").__name__ == "Mine"

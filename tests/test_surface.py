@@ -20,7 +20,7 @@ SOURCE = Path(fedtail.__file__).parent
 
 # From the bottom to the top: a module imports from its own layer or from lower ones.
 LAYERS = [
-    {"errors", "seeds", "trees", "files", "schedule", "metrics", "optim"},
+    {"errors", "seeds", "trees", "files", "schedule", "metrics", "optim", "userfile"},
     {"models", "models.specs", "models.layers", "models.small", "models.resnet", "models.user"},
     {"task"},
     {"algorithm", "local", "losses"},

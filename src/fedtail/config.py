@@ -7,7 +7,6 @@ Where a field can hold one of several classes, the TOML table has a key `name` t
 import dataclasses
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import json
 import sys
@@ -29,9 +28,10 @@ from fedtail.data.plan import LocalWork
 from fedtail.engines import EngineOptions
 from fedtail.errors import ConfigError, did_you_mean
 from fedtail.metrics import GROUP_RULES, Cumulative, GroupRule
-from fedtail.models.specs import MLP, MODELS, ModelSpec, UserModel, split_target
+from fedtail.models.specs import MLP, MODELS, ModelSpec, UserModel
 from fedtail.optim import OPTIMIZERS, Optimizer
 from fedtail.schedule import SCHEDULES, Constant, Schedule
+from fedtail.userfile import run_file, split_target, user_module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,30 +170,12 @@ def resolve(base: type, name: str) -> type:
     raise ConfigError(f"unknown {what} {name!r}{hint} Known are {', '.join(registry)}{own}.")
 
 
-def user_module(file: Path) -> str:
-    """Returns the module name of a user's file: it depends on the path alone."""
-    return "fedtail_user_" + hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]
-
-
 def user_class(target: str) -> type:
     """Imports "file.py:Name", a user's own Algorithm, under a module name that depends on the path alone."""
     path, attribute = split_target(target)
     file = Path(path).resolve()
-    if not file.is_file():
-        raise ConfigError(f"algorithm: there is no file {file} (from {target!r}).")
-    name = user_module(file)
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[name]
-            raise ConfigError(f"algorithm: {file} cannot be imported: {type(error).__name__}: {error}") from error
-    found = getattr(sys.modules[name], attribute, None)
+    module = sys.modules.get(user_module(file)) or run_file("algorithm", target, file)
+    found = getattr(module, attribute, None)
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise ConfigError(f"algorithm: {file} has no Algorithm named {attribute!r}.")
     found.fedtail_name = target  # type: ignore[attr-defined]

@@ -36,6 +36,7 @@ from fedtail import config, trees
 from fedtail.errors import CheckpointError
 from fedtail.files import append, write_atomic, write_error
 from fedtail.trees import Tree
+from fedtail.userfile import user_module
 
 FORMAT = 1
 
@@ -61,7 +62,7 @@ def describe(tree: Tree) -> Any:
 def _module_name(cls: type) -> str:
     """Returns a class's module; for the script that is run, the name under which a later process imports its file."""
     main = getattr(sys.modules["__main__"], "__file__", None)
-    return config.user_module(Path(main)) if cls.__module__ == "__main__" and main else cls.__module__
+    return user_module(Path(main)) if cls.__module__ == "__main__" and main else cls.__module__
 
 
 def rebuild(structure: Any, leaves: dict[str, Tensor], prefix: str) -> Tree:

@@ -21,33 +21,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedtail.errors import ConfigError, did_you_mean
+from fedtail.userfile import split_target
 
 if TYPE_CHECKING:
     from torch import nn
 
 Norm = Literal["batch", "group"]
-
-
-def split_target(target: str) -> tuple[str, str]:
-    """Cut "file.py:Name" in two.
-
-    Args:
-        target: Path of a Python file, a colon, and a name defined in that file.
-
-    Returns:
-        The path and the name.
-
-    Raises:
-        ConfigError: The form is another one.
-
-    >>> split_target("nets/wide.py:WideNet")
-    ('nets/wide.py', 'WideNet')
-    """
-    # From the right: a Windows path has a colon of its own.
-    path, _, name = target.rpartition(":")
-    if not path.endswith(".py") or not name.isidentifier():
-        raise ConfigError(f"model: a network of your own is given as 'file.py:Name', got '{target}'.")
-    return path, name
 
 
 class ModelSpec(ABC):

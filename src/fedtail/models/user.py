@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from fedtail.errors import ConfigError, did_you_mean
-from fedtail.models.specs import split_target
+from fedtail.userfile import describe_error, run_file, split_target
 
 
 def load_model(target: str, input_shape: tuple[int, ...], num_classes: int, options: Mapping[str, Any]) -> nn.Module:
@@ -41,13 +37,13 @@ def load_model(target: str, input_shape: tuple[int, ...], num_classes: int, opti
     """
     path_text, name = split_target(target)
     path = Path(path_text).expanduser().resolve()
-    factory = _factory(target, _run_file(target, path), name)
+    factory = _factory(target, run_file("model", target, path), name)
     known = {"input_shape": input_shape, "num_classes": num_classes, "in_channels": input_shape[0]}
     arguments = _arguments(target, factory, known, options)
     try:
         model = factory(**arguments)
     except Exception as error:
-        raise ConfigError(f"model '{target}' could not be built: {_describe(error, path)}.") from error
+        raise ConfigError(f"model '{target}' could not be built: {describe_error(error, path)}.") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model '{target}' returned a {type(model).__name__}, not a torch.nn.Module. "
@@ -75,28 +71,6 @@ def find_classifier(module: nn.Module, num_classes: int) -> str | None:
     if "head" in fitting:
         return "head"
     return fitting[-1] if fitting else None
-
-
-def _run_file(target: str, path: Path) -> ModuleType:
-    """Run the user's file as a module of a name that no other file has."""
-    if not path.is_file():
-        raise ConfigError(
-            f"model '{target}': there is no file {path}. A relative path starts at the working directory, {Path.cwd()}."
-        )
-    name = f"fedtail_user_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    # A path that ends in .py always has both.
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and type hints in the user's file look their own module up here.
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ConfigError(f"model '{target}': the file {path} could not be run: {_describe(error, path)}.") from error
-    return module
 
 
 def _factory(target: str, module: ModuleType, name: str) -> Callable[..., object]:
@@ -144,10 +118,3 @@ def _arguments(
             "Give them as options, or give them a default."
         )
     return arguments
-
-
-def _describe(error: Exception, path: Path) -> str:
-    """The error and the last line of the user's file that it passed through."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    where = f" (line {lines[-1]} of {path})" if lines else ""
-    return f"{type(error).__name__}: {error}{where}"
