@@ -52,7 +52,8 @@ def run_file(what: str, target: str, path: Path) -> ModuleType:
         raise ConfigError(
             f"{what} '{target}': there is no file {path}. A relative path starts at the working directory, {Path.cwd()}."
         )
-    name = user_module(path)
+    # An algorithm's classes must stay the same objects, also when the file's network is loaded anew.
+    name = user_module(path) if what == "algorithm" else f"{user_module(path)}_{what}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # a path that ends in .py always has both
     assert spec.loader is not None
