@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from fedtail import html, report, terminal
+from fedtail import html, plots, report, runs, terminal
 from fedtail.algorithm import Algorithm
 from fedtail.algorithms.fedavg import FedAvg
 from fedtail.algorithms.fedgrab import FedGraB
@@ -71,6 +71,12 @@ def main(output: Path, rounds: int = 0) -> None:
         terminal.print_cost(federation)
         terminal.follow(left, federation, folder)
     print(report.to_text(report.compare(folders)))
+    found = [runs.read(folder) for folder in folders]
+    pictures = {"partition": plots.partition(found[0].counts), "classes": plots.classes(found),
+                "curves": plots.curves(found), "clients": plots.clients(found), "prior": plots.prior(found[-1]),
+                "balance": plots.balance(found[-1])}  # fmt: skip
+    for name, figure in pictures.items():
+        plots.save(figure, output / f"{name}.png")
     page = output / "report.html"
     html.report(
         folders, page, "make demo", title=f"Who is forgotten? FedAvg and Fed-GraB on long-tailed {experiment.data.name}"
