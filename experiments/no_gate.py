@@ -8,6 +8,7 @@ there is the loop itself; five clients of equal mix come next.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedtail.data.longtail import Exponential
 from fedtail.data.partition import DirichletMultinomial
 from fedtail.losses import one_hot
 from fedtail.models.specs import LeNet
+from fedtail.runs import environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,4 +79,6 @@ if __name__ == "__main__":
         for name in ("recall", "positive_factor", "negative_factor", "plain_negative_over_positive"):
             if name in row:
                 print(f"  {name:30}" + " ".join(f"{v:7.3f}" for v in row[name]))
-    (Path(__file__).parent / "results" / "no_gate.json").write_text(json.dumps(rows, indent=1))
+    (Path(__file__).parent / "results" / "no_gate.json").write_text(
+        json.dumps({"rows": rows, "environment": environment(sys.argv)}, indent=1)
+    )
