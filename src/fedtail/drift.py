@@ -27,8 +27,8 @@ def change_of(update: Tree) -> Params | None:
 
 
 def inner(first: Params, second: Params) -> Tensor:
-    """Returns the inner product over all parameters, float64, shape ()."""
-    return torch.stack([(v.double() * second[k].double()).sum() for k, v in first.items()]).sum()
+    """Returns the inner product over all parameters, both float64, shape ()."""
+    return torch.stack([(v * second[k]).sum() for k, v in first.items()]).sum()
 
 
 class Drift:
@@ -42,15 +42,15 @@ class Drift:
 
     def add(self, update: Tree, weight: float) -> None:
         """Takes one client's update and its weight in the mean, >= 0."""
-        change = change_of(update)
-        if change is None or not weight:
+        found = change_of(update)
+        if found is None or not weight:
             return
+        change = {name: value.double() for name, value in found.items()}
         square = inner(change, change)
         norm = square.sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         self._weight += weight
         self._squares = self._squares + weight * square
         for name, value in change.items():
-            value = value.double()
             self._sum[name] = self._sum.get(name, 0.0) + weight * value
             self._directions[name] = self._directions.get(name, 0.0) + weight / norm * value
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fedtail.algorithm import Batch, Context, Metrics
@@ -84,6 +85,11 @@ def empirical_risk(loss: Loss, ctx: Context, model: Variables, batch: Batch) -> 
         return risk, (variables, extra, {})
 
     return objective
+
+
+def squared_distance(params: Params, anchor: Params) -> Tensor:
+    """Returns ||w - w^t||^2 over all parameters of the anchor w^t, shape (): what a proximal term is made of."""
+    return torch.stack([(params[k] - w).square().sum() for k, w in anchor.items()]).sum()
 
 
 def effective_steps(tau: Tensor, momentum: float) -> Tensor:

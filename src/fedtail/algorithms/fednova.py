@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedtail.algorithm import Algorithm, Batch, Context, Metrics
 from fedtail.errors import ConfigError
-from fedtail.local import Local, delta, effective_steps, sgd_step, start
+from fedtail.local import Local, delta, effective_steps, sgd_step, squared_distance, start
 from fedtail.losses import CrossEntropy, Loss
 from fedtail.optim import SGD
 from fedtail.task import Variables
@@ -68,8 +68,7 @@ class FedNova(Algorithm):
         def objective(v: Variables, extra: Tree) -> Any:
             risk, new = self.loss.risk(ctx, message, v, batch)
             if self.mu:
-                squares = [(v.params[k] - w).square().sum() for k, w in message.params.items()]
-                risk = risk + self.mu / 2 * torch.stack(squares).sum()
+                risk = risk + self.mu / 2 * squared_distance(v.params, message.params)
             return risk, (new, extra, {})
 
         return sgd_step(ctx, local, objective, self.optimizer)

@@ -14,12 +14,11 @@ squared, as in eq. (2); parameters only, no buffers.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedtail.algorithm import Algorithm, Batch, Context, Metrics
 from fedtail.errors import ConfigError
-from fedtail.local import Local, delta, descend, sgd_step, start
+from fedtail.local import Local, delta, descend, sgd_step, squared_distance, start
 from fedtail.losses import CrossEntropy, Loss
 from fedtail.task import Variables
 from fedtail.trees import Tree
@@ -49,8 +48,7 @@ class FedProx(Algorithm):
 
         def objective(v: Variables, extra: Tree) -> Any:
             risk, new = self.loss.risk(ctx, message, v, batch)
-            squares = [(v.params[k] - w).square().sum() for k, w in message.params.items()]
-            return risk + self.mu / 2 * torch.stack(squares).sum(), (new, extra, {})  # eq. (2)
+            return risk + self.mu / 2 * squared_distance(v.params, message.params), (new, extra, {})  # eq. (2)
 
         return sgd_step(ctx, local, objective, self.optimizer)
 
