@@ -1,4 +1,4 @@
-"""Problems, networks and algorithms of the contract suite.
+"""Algorithms of the contract suite, on the problems of `fedtail check`.
 
 The three algorithms use everything that no algorithm of the library uses yet: two training phases and a collecting one
 (`Collecting`); an evaluating phase over everyone (`Judging`); constants, draws of its own, personal client states, server
@@ -9,7 +9,6 @@ own, "contract_problem.py:Name".
 import copy
 import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,35 +22,20 @@ from torch.nn import functional as F
 from fedtail import config, trees
 from fedtail.algorithm import Algorithm, Phase, as_tensor
 from fedtail.algorithms import ALGORITHMS
-from fedtail.config import Evaluation, Experiment, Participation
-from fedtail.data.federated import FederatedData
-from fedtail.data.plan import LocalWork
+from fedtail.checks import problems
+from fedtail.checks.problems import CLASSES, LOOP, ROUNDS, federated, form
+from fedtail.config import Experiment
 from fedtail.engines import EngineOptions
 from fedtail.experiment import Federation
 from fedtail.local import delta, descend, sgd_step, start
 from fedtail.losses import LOSSES, LogitAdjustment, Loss, cross_entropy, one_hot
-from fedtail.models.layers import Network
-from fedtail.models.specs import MLP, ModelSpec, UserModel
 from fedtail.optim import SGD, Adam, Params, Partition
 from fedtail.task import Draw, Task, Variables
 
+__all__ = ["CLASSES", "LOOP", "ROUNDS", "federated", "form"]  # of the package's problems, which the tests share
+
 FILE = Path(__file__).resolve()
-CLASSES = 4
-
-
-class ConvNet(Network):
-    """Two convolutions with BatchNorm; its maps have more than one pixel, so that a batch of one is possible."""
-
-    def __init__(self, in_channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(in_channels, 3, 3, padding=1), nn.BatchNorm2d(3)
-        self.conv2, self.bn2 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.head = nn.Linear(4, num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Map images to features [B, 4]."""
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2)
-        return F.relu(self.bn2(self.conv2(x))).mean((2, 3))
+PROBLEMS = {name: problem for name, problem in problems.PROBLEMS.items() if name != "single"}
 
 
 class ScaledLinear(nn.Linear):
@@ -338,7 +322,7 @@ def _cases() -> dict[str, Algorithm]:
         else:
             found[name] = cls(optimizer=PLAIN)
     avg = config.resolve(Algorithm, "fedavg")
-    # eps 1e-4: a bias before BatchNorm has gradient 0 up to rounding, and Adam scales that noise up
+    # eps 1e-4: where a gradient is nearly 0, Adam scales its rounding up
     found["fedavg-adam"] = avg(optimizer=Adam(lr=0.01, eps=1e-4, weight_decay=0.01, clip=1.0), server_lr=0.7)
     found["fedavg-adamw"] = avg(optimizer=Adam(lr=0.01, eps=1e-4, weight_decay=0.1, decoupled=True))
     found["fedavg-nesterov"] = avg(optimizer=SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01, clip=0.5))
@@ -356,54 +340,9 @@ def _cases() -> dict[str, Algorithm]:
 CASES = _cases()
 
 
-def federated(sizes: Sequence[int], images: bool) -> FederatedData:
-    """Returns data of clients with these sizes, eight examples of the server's and a test set; always the same."""
-    rng = np.random.default_rng(7)
-    y = rng.choice(CLASSES, sum(sizes) + 8 + 30, p=[0.45, 0.3, 0.15, 0.1])
-    if images:
-        x = torch.from_numpy(
-            (rng.integers(0, 120, (len(y), 1, 6, 6)) + 40 * (y % 3)[:, None, None, None]).astype(np.uint8)
-        )
-    else:
-        x = torch.from_numpy(rng.normal(size=(len(y), 5)) + rng.normal(size=(CLASSES, 5))[y])
-    ends = np.cumsum([0, *sizes])
-    owners = [np.arange(a, b) for a, b in itertools.pairwise(ends)]
-    train, labels = ends[-1] + 8, torch.from_numpy(y)
-    tests = [np.arange(5 * i, 5 * i + 5) for i in range(len(sizes))]
-    return FederatedData(
-        {"x": x[:train], "y": labels[:train]}, owners, {"x": x[train:], "y": labels[train:]}, tests, CLASSES,
-        mean=(0.4,) if images else (), std=(0.2,) if images else (), augmentation="crop_flip" if images else "none",
-        server=np.arange(ends[-1], train),
-    )  # fmt: skip
-
-
-class Problem(NamedTuple):
-    """Data and network; four of six clients take part in a round where there are so many."""
-
-    sizes: tuple[int, ...]
-    model: ModelSpec
-    images: bool = False
-    clients: int = 4
-
-
-RAGGED = (9, 1, 12, 0, 4, 7)  # one client of a single example, one of none
-PROBLEMS = {
-    "ragged": Problem(RAGGED, MLP(hidden=(6,))),
-    "batchnorm": Problem(RAGGED, UserModel(target=f"{FILE}:ConvNet"), images=True),
-    "dropout": Problem(RAGGED, MLP(hidden=(6,), dropout=0.3)),
-    "alone": Problem((11,), MLP(hidden=(6,)), clients=1),
-}
-ROUNDS = 3
-LOOP = EngineOptions(name="loop")
-
-
 def experiment(case: str, problem: str, engine: EngineOptions = LOOP, seed: int = 0) -> Experiment:
     """Returns the experiment of a case; its data are replaced by the problem's."""
-    return Experiment(
-        seed=seed, rounds=ROUNDS, algorithm=CASES[case], model=PROBLEMS[problem].model, dtype="float64", engine=engine,
-        local=LocalWork(epochs=2, batch_size=4), participation=Participation(clients=PROBLEMS[problem].clients),
-        evaluation=Evaluation(every=ROUNDS),
-    )  # fmt: skip
+    return problems.experiment(CASES[case], problem, engine, seed)
 
 
 def federation(case: str, problem: str, engine: EngineOptions = LOOP, seed: int = 0) -> Federation:
@@ -448,11 +387,6 @@ def distance(first: Any, second: Any) -> float:
     assert a.keys() == b.keys()
     gaps = [(x.double() - b[k].double()).abs().max() for k, x in a.items() if x.numel()]
     return float(torch.stack(gaps).max()) if gaps else 0.0
-
-
-def form(tree: Any) -> Any:
-    """Returns structure, shapes and types of a tree."""
-    return {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in trees.named_leaves(tree).items()}
 
 
 def model_of(server: Any) -> Variables:

@@ -20,6 +20,7 @@ import torch
 
 import fedtail
 from fedtail import cli, config, runs, trees
+from fedtail.checkpoint import load_checkpoint
 from fedtail.errors import CheckpointError
 from fedtail.experiment import reopen, rounds_of
 from fedtail.federation import federate
@@ -343,7 +344,7 @@ def test_truncated_checkpoints(finished, fail):
     for length in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors is damaged .* Restore it from a copy"):
-            runs.load_checkpoint(path)
+            load_checkpoint(path)
     has(fail("resume", finished), "is damaged", "start the run anew in another folder")
     has(fail("evaluate", finished), "is damaged")
     path.write_text("this is no checkpoint\n" * 100)
@@ -356,7 +357,7 @@ def test_truncated_checkpoints(finished, fail):
 def test_a_flipped_bit_is_noticed(finished):
     path = finished / "checkpoint.safetensors"
     whole = path.read_bytes()
-    expected = runs.load_checkpoint(path)
+    expected = load_checkpoint(path)
     header = 8 + int.from_bytes(whole[:8], "little")
     rng = random.Random(0)
     noticed, places = 0, [*range(8), *rng.sample(range(8, header), 400), *rng.sample(range(header, len(whole)), 100)]
@@ -365,7 +366,7 @@ def test_a_flipped_bit_is_noticed(finished):
         damaged[place] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         try:
-            found = runs.load_checkpoint(path)
+            found = load_checkpoint(path)
         except CheckpointError:
             noticed += 1
         else:  # nothing that was said has changed
@@ -532,7 +533,7 @@ def test_a_loss_that_is_not_finite(fail, engine):
     assert match, message
     has(message, "Lower algorithm.optimizer.lr", "algorithm.optimizer.clip")
     before = contents(Path("run"))
-    assert runs.load_checkpoint(Path("run/checkpoint.safetensors")).meta["round"] == int(match[3])
+    assert load_checkpoint(Path("run/checkpoint.safetensors")).meta["round"] == int(match[3])
     again = fail("resume", "run")
     has(again, f"in round {match[3]}, at")
     assert engine == "parallel" or match[0] in again  # whose client fails first is a matter of time there
@@ -579,7 +580,7 @@ def test_control_c(finished, tmp_path):
     )
     assert match, line
     assert match[3] == f"'{folder}'"  # quoted, as the shell needs it
-    done = runs.load_checkpoint(folder / "checkpoint.safetensors").meta["round"]
+    done = load_checkpoint(folder / "checkpoint.safetensors").meta["round"]
     assert 2 <= int(match[2]) <= int(match[1]) <= done < 30
     list(fedtail.resume(folder))
     options = fedtail.EngineOptions(name="parallel", workers=2)

@@ -240,6 +240,94 @@ BROKEN = {
         """,
         "cohort order", r"clients \[.*\] and the same clients as \[.*\] give other results", r"not on who trained before",
     ),
+    "a random advance": (
+        "FIELD",
+        """
+        def advance(self, ctx, server, metrics):
+            return ctx.round.stage, server._replace(params={k: v + torch.randn(v.shape) for k, v in server.params.items()})
+        """,
+        "no global randomness", "the global generator of torch was used", r"line \d+: return ctx\.round\.stage, .*randn",
+    ),
+    "an advance with a generator of its own": (
+        "FIELD",
+        """
+        def advance(self, ctx, server, metrics):
+            noise = float(np.random.default_rng().normal())
+            return ctx.round.stage, server._replace(params={k: v + noise for k, v in server.params.items()})
+        """,
+        "deterministic", r"advance, called twice with equal arguments, returns something else: server state/params/\S+ differs",
+        r"Look for random numbers of your own",
+    ),
+    "a random stage": (
+        "FIELD",
+        """
+        def advance(self, ctx, server, metrics):
+            SEEN.append(1)
+            return len(SEEN), server
+        """,
+        "deterministic", r"advance, called twice with equal arguments, returns something else: stage differs by 1",
+        r"server state for the server.*line \d+: SEEN\.append",
+    ),
+    "a negative weight": (
+        "FIELD", "def weight(self, ctx):\n    return ctx.here.examples - 2",
+        "finite numbers", r"the weight of client 1 in phase 'train' is -1\.", r"Return a finite weight >= 0",
+    ),
+    "a weight that is not a number": (
+        "FIELD", "def weight(self, ctx):\n    return (ctx.here.examples - 2).log()",
+        "finite numbers", r"the weight of client 1 in phase 'train' is nan\.", r"Return a finite weight >= 0",
+    ),
+    "a metric that is not a number": (
+        "STEPPED", 'return new, {**metrics, "share": batch.sum((batch.y == 3) * 1.0).log()}',
+        "finite numbers", r"the metric share of client \d in phase 'train' is not finite at local step \d\.",
+        r"Guard divisions and logarithms",
+    ),
+    "an update that is not a number": (
+        "FINAL", "return update._replace(params={k: v / 0 for k, v in update.params.items()}), client",
+        "finite numbers", r"the update of client \d in phase 'train' is not finite \(first in params/\S+\)",
+        r"Guard divisions and logarithms",
+    ),
+    "diagnostics that are not a number": (
+        "FIELD",
+        """
+        def diagnostics(self, ctx, server):
+            return {"share": torch.zeros(2) / ctx.round.index}
+        """,
+        "three rounds", r"diagnostics/share of round 0 is not finite", r"Guard divisions and logarithms",
+    ),
+    "a schedule ignored": (
+        "STEP",
+        "new, metrics = sgd_step(ctx._replace(round=ctx.round._replace(lr_scale=1.0)), local, objective, self.optimizer)",
+        "learning-rate schedule", r"half the learning rate \(ctx\.round\.lr_scale is 0\.5\) ends like one with the whole",
+        r"Step with sgd_step; or give ctx\.round\.lr_scale to ctx\.task\.update",
+    ),
+    "an update without the schedule": (
+        "STEP",
+        """
+        def function(params):
+            risk, (new, *_) = objective(Variables(params, local.variables.buffers), ())
+            return risk, new.buffers
+
+        value, buffers, grads = ctx.task.value_and_grad(function, local.variables.params)
+        params, state = ctx.task.update(self.optimizer, grads, local.optimizer, local.variables.params)
+        new, metrics = local._replace(variables=Variables(params, buffers), optimizer=state), {"loss": value}
+        """,
+        "learning-rate schedule", r"bit for bit, on every client and on the server", r"lr_scale to ctx\.task\.update",
+    ),
+    "a random predict": (
+        "PREDICT", "z = ctx.task.apply(message, x, train=False)[0]\nreturn z + torch.randn(z.shape)",
+        "each input alone", r"the generic model, asked twice for the same inputs, gives other logits: .* differs by",
+        r"Draw and keep nothing in predict.*line \d+: return z \+ torch\.randn",
+    ),
+    "a predict that looks at the batch": (
+        "PREDICT", "z = ctx.task.apply(message, x, train=False)[0]\nreturn z - z.mean(0)",
+        "each input alone", r"the generic model gives an input other logits alone than among six: .* differs by [\d.e-]+\.$",
+        r"take no mean over the batch",
+    ),
+    "batch statistics in predict": (
+        "PREDICT", "return ctx.task.apply(message, x)[0]",
+        "each input alone", r"other logits alone than among six: .* differs by .*; network with BatchNorm",
+        r"Apply the model with train=False",
+    ),
     "an untrained tensor": (
         "STEP",
         """

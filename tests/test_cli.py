@@ -16,6 +16,7 @@ import pytest
 import fedtail
 from fedtail import cli, config, demo, runs
 from fedtail.algorithms import ALGORITHMS
+from fedtail.checkpoint import load_checkpoint
 from fedtail.data import catalog, fetch, formats
 from fedtail.data.partition import PARTITIONS
 from fedtail.errors import DataError
@@ -246,8 +247,17 @@ def test_inspect(say, tmp_path):
     rotated = say("inspect", "--data.partition.name", "rotated_tails", "--data.longtail.name", "none", "--json")
     assert json.loads(rotated)["unused_examples"] == 1297 - np.sum(json.loads(rotated)["counts"])
     assert list(tmp_path.iterdir()) == before
-    say("inspect", "--picture", "split.png")
+    json.loads(say("inspect", "--json", "--picture", "split.png"))  # the picture's path goes elsewhere
     assert Path("split.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_shows_a_path_as_it_is(say):
+    """Brackets would be rich's markup, words between colons its emoji."""
+    path = Path("a [bold] :dog: [/x]") / "set.npz"
+    path.parent.mkdir(parents=True)
+    labels = np.arange(40) % 4
+    np.savez(path, x=np.zeros((40, 3)), y=labels)
+    assert say("inspect", "--data.name", path, "--data.longtail.name", "none").startswith(f"{path} (")
 
 
 def test_inspect_tells_the_double_traffic_of_scaffold(say):
@@ -294,6 +304,18 @@ def test_show_a_loss(say, name):
     assert [line.split()[0] for line in table] == [field.name for field in dataclasses.fields(loss)]
 
 
+def test_show_lists_what_an_algorithm_of_one_s_own_inherits(say):
+    Path("child.py").write_text(
+        "from dataclasses import dataclass\nfrom fedtail import FedProx\n\n\n@dataclass(frozen=True, kw_only=True)\n"
+        'class Child(FedProx):\n    speed: float = 2.0\n    """How fast."""\n    mu: float = 0.5\n'
+    )
+    table = [line.split(maxsplit=2) for line in say("show", "child.py:Child").splitlines() if line.startswith("  ")]
+    assert [line[:2] for line in table] == [
+        ["optimizer", "SGD()"], ["loss", "CrossEntropy()"], ["mu", "0.5"], ["speed", "2.0"]
+    ]  # fmt: skip
+    assert table[2][2].startswith("Weight of the proximal term")
+
+
 def test_an_algorithm_of_one_s_own(say):
     Path("mine.py").write_text(USER)
     text = say("show", "mine.py:Mine")
@@ -302,7 +324,7 @@ def test_an_algorithm_of_one_s_own(say):
     assert "shares_counts" not in text  # a declaration, no option
     say("run", "--rounds", 2, *QUICK, "--algorithm.name", "mine.py:Mine", "--algorithm.speed", 0.5, "--output", "own")
     assert tomllib.loads(Path("own/config.toml").read_text())["algorithm"]["name"] == "mine.py:Mine"
-    snapshot = runs.load_checkpoint(Path("own/checkpoint.safetensors"))
+    snapshot = load_checkpoint(Path("own/checkpoint.safetensors"))
     assert float(snapshot.server.rounds) == 2
     assert "run folder: runs/digits-mine-seed0" in say("run", "--rounds", 1, *QUICK, "--algorithm.name", "mine.py:Mine")
     json.loads(say("evaluate", "own", "--json"))

@@ -243,7 +243,7 @@ def test_the_fingerprint_changes_with_every_field(experiment):
     changed = dict(variants(experiment))
     assert len({config.fingerprint(e) for e in (experiment, *changed.values())}) == 1 + len(changed)
     # No other value of these is possible beside the other fields: "best" without a validation split, and so on.
-    alone = {"evaluation.keep", "algorithm.optimizer.nesterov", "data.partition.min_size"}
+    alone = {"evaluation.keep", "algorithm.optimizer.nesterov", "data.partition.min_size", "autocast"}
     assert set(leaves(experiment)) - set(changed) <= alone
     for other in changed.values():
         assert from_dict(Experiment, to_dict(other)) == other
@@ -302,7 +302,7 @@ def test_messages_name_the_file_the_option_and_the_nearest_name(tmp_path):
         ("[data.partition]\nalfa = 1.0", r"mine\.toml: unknown option 'data\.partition\.alfa'; did you mean 'alpha'\?"),
         ("[algorithm.optimiser]\nlr = 1.0", r"unknown option 'algorithm\.optimiser'; did you mean 'optimizer'\?"),
         ("[local]\nzzz = 1", r"unknown option 'local\.zzz'\. Known are epochs, steps, batch_size, min_batch"),
-        ("[engine]\nworkers = -1", r"engine: workers must be >= 0 .* got -1"),
+        ("[engine]\nworkers = -1", r"engine: workers and states_mib must be >= 0 .* got -1"),
     ]:
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):
@@ -409,6 +409,12 @@ def test_an_algorithm_of_one_s_own(tmp_path, monkeypatch):
     experiment = Experiment(algorithm=cls(speed=0.5))
     assert to_dict(experiment)["algorithm"]["name"] == "mine.py:Mine"
     assert from_dict(Experiment, to_dict(experiment)) == experiment
+    Path("bare.py").write_text(MINE.replace(" = 1.0", ""))  # an option without a default
+    with pytest.raises(
+        ConfigError, match=r"option 'algorithm\.speed' is missing, and has no default\. Add it to the file"
+    ):
+        from_dict(Experiment, {"algorithm": {"name": "bare.py:Mine"}})
+    assert from_dict(Experiment, {"algorithm": {"name": "bare.py:Mine", "speed": 0.5}}).algorithm.speed == 0.5
     with pytest.raises(ConfigError, match=r"unknown option 'algorithm\.sped'; did you mean 'speed'\?"):
         from_dict(Experiment, {"algorithm": {"name": "mine.py:Mine", "sped": 1.0}})
     for target, message in [

@@ -5,9 +5,12 @@ from html.parser import HTMLParser
 import pytest
 
 import fedtail
-from fedtail import Experiment, FedGraB, LocalWork, html, report
+from fedtail import Experiment, FedGraB, FedProx, LocalWork, html, report
+from fedtail.config import Data, Evaluation
+from fedtail.data.longtail import NoTail
 from fedtail.engines import EngineOptions
 from fedtail.errors import ConfigError
+from fedtail.metrics import OLTR
 
 EXPERIMENT = Experiment(rounds=2, local=LocalWork(epochs=1), engine=EngineOptions(name="loop"))
 
@@ -79,6 +82,18 @@ def test_page_holds_words_tables_pictures_facts_and_command(page, folders):
                  "epochs 1", "gate=none", "seeds 0, 1", "512 in 10 classes", "torch 2", "loop, float32 on cpu",
                  "macro-F1", "F1 = 2 TP", "cumulative 75/95 % of the summed local test counts"):  # fmt: skip
         assert part in text, part
+
+
+def test_page_of_runs_without_a_tail(tmp_path):
+    """Every class of digits has more than 100 training examples where nothing is cut: head is all there is."""
+    whole = dataclasses.replace(
+        EXPERIMENT, rounds=1, data=Data(longtail=NoTail()), evaluation=Evaluation(groups=OLTR(), local=False)
+    )
+    for mu in (0.0, 0.1):
+        list(fedtail.run(dataclasses.replace(whole, algorithm=FedProx(mu=mu)), tmp_path / f"{mu}"))
+    html.report([tmp_path / "0.0", tmp_path / "0.1"], tmp_path / "report.html", "x")
+    parsed = _Page((tmp_path / "report.html").read_text())
+    assert parsed.tags.count("img") == 4  # groups, classes, curves, partition
 
 
 def test_page_of_equal_runs_has_equal_bytes(page, folders, tmp_path):

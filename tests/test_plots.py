@@ -262,6 +262,18 @@ def test_curves_take_any_number_of_the_records(digits):
         plots.curves(digits, ["test.tial"])
 
 
+def test_curves_leave_out_a_group_without_classes(digits):
+    found = _made_up(10, methods=2, seeds=1)
+    for run in found:
+        for record in run.records:
+            record["test"]["tail"] = None
+    [axes] = plots.curves(found).axes
+    assert axes.get_ylabel() == "Overall accuracy (%)"
+    with pytest.raises(ConfigError, match=r"no run records 'test\.tail'; known are .*test\.medium"):
+        plots.curves(found, ["test.tail"])
+    assert len(plots.curves([*found, digits[2]]).axes) == 2  # one run has a tail
+
+
 def test_curves_draw_the_rounds_that_all_seeds_have():
     found = _made_up(4, methods=1, seeds=2, rounds=5)
     del found[1].records[3:]

@@ -237,6 +237,7 @@ def test_engine_and_rhythm_do_not_matter_but_vmap_is_noted(folders, tmp_path):
     comparison = report.compare([folders[0], stacked])
     assert [m.label for m in comparison.methods] == ["fedavg"]
     assert [note.partition(";")[0] for note in comparison.notes] == ["Engines: loop, vmap", "evaluation.every is 1, 2"]
+    assert "The spread over rounds and the rounds to a target are left out" in comparison.notes[1]
 
 
 def test_refuses_an_unfinished_run_with_the_command_that_finishes_it(folders, tmp_path):
@@ -273,6 +274,20 @@ def test_other_versions_are_noted(folders, tmp_path):
     mine, known["packages"]["torch"] = known["packages"]["torch"], "9.9"
     (other / "environment.json").write_text(json.dumps(known))
     assert report.compare([folders[0], other]).notes == (f"Made with different versions of torch: {mine}, 9.9.",)
+
+
+def test_other_commits_are_noted_and_a_missing_one_is_no_difference(folders, tmp_path):
+    def at(commit, name, folder):
+        made = _variant(folder, tmp_path / name)
+        known = json.loads((made / "environment.json").read_text())
+        (made / "environment.json").write_text(json.dumps({**known, "commit": commit}))
+        return made
+
+    one, other = at("a" * 40, "one", folders[0]), at("b" * 40, "other", folders[1])
+    dirty = at("a" * 40 + "-dirty", "dirty", folders[2])
+    assert report.compare([one, other]).notes == ("Made with different commits of fedtail: aaaaaaaaaa, bbbbbbbbbb.",)
+    assert "Made with different commits of fedtail: aaaaaaaaaa, aaaaaaaaaa-dirty." in report.compare([one, dirty]).notes
+    assert report.compare([one, at(None, "unknown", folders[1])]).notes == ()
 
 
 # ---- renderers

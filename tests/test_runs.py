@@ -1,8 +1,10 @@
 """The run folder: what is written can be read again, and is the same wherever and whenever it is written."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +18,9 @@ from hypothesis import strategies as st
 
 import fedtail
 from fedtail import config, files, runs, trees
+from fedtail.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from fedtail.errors import CheckpointError
 from fedtail.experiment import reopen
-from fedtail.runs import Snapshot
 
 QUICK = fedtail.Experiment(
     rounds=3, local=fedtail.LocalWork(epochs=1), engine=fedtail.EngineOptions(name="loop"), seed=1
@@ -70,9 +72,9 @@ def structure(tree):
 def test_round_trip(tmp_path_factory, server, client, ids):
     path = tmp_path_factory.getbasetemp() / "round-trip.safetensors"
     clients = {number: trees.tree_map(lambda t: t.clone(), client) for number in ids}
-    runs.save_checkpoint(path, Snapshot(server, clients, META))
+    save_checkpoint(path, Snapshot(server, clients, META))
     first = path.read_bytes()
-    found = runs.load_checkpoint(path, "abc")
+    found = load_checkpoint(path, "abc")
     # The order within dicts counts too: sums over a network's tensors are made in it.
     assert structure(found.server) == structure(server)
     assert trees.equal(found.server, server)
@@ -81,8 +83,8 @@ def test_round_trip(tmp_path_factory, server, client, ids):
         assert structure(state) == structure(client)
         assert trees.equal(state, client)
     assert {k: found.meta[k] for k in META} == META
-    runs.save_checkpoint(
-        path, Snapshot(found.server, dict(reversed(found.clients.items())), {k: found.meta[k] for k in META})
+    save_checkpoint(
+        path, Snapshot(found.server, dict(reversed([*found.clients.items()])), {k: found.meta[k] for k in META})
     )
     assert path.read_bytes() == first
 
@@ -90,8 +92,8 @@ def test_round_trip(tmp_path_factory, server, client, ids):
 def test_views_and_shared_tensors_can_be_saved(tmp_path):
     base = torch.arange(6.0).reshape(2, 3)
     state = {"transposed": base.T, "row": base[0], "same": base, "grad": base.clone().requires_grad_()}
-    runs.save_checkpoint(tmp_path / "c", Snapshot(state, {}, META))
-    found = runs.load_checkpoint(tmp_path / "c").server
+    save_checkpoint(tmp_path / "c", Snapshot(state, {}, META))
+    found = load_checkpoint(tmp_path / "c").server
     assert found["transposed"].tolist() == [[0, 3], [1, 4], [2, 5]]
     found["row"][0] = 7  # no longer shared
     assert found["same"][0, 0] == 0
@@ -100,8 +102,8 @@ def test_views_and_shared_tensors_can_be_saved(tmp_path):
 
 def test_restored_client_states_own_their_memory(tmp_path):
     """Engines overwrite donated tensors: a state that were a view of all states would spread the damage."""
-    runs.save_checkpoint(tmp_path / "c", Snapshot((), {0: (torch.zeros(2),), 1: (torch.ones(2),)}, META))
-    clients = runs.load_checkpoint(tmp_path / "c").clients
+    save_checkpoint(tmp_path / "c", Snapshot((), {0: (torch.zeros(2),), 1: (torch.ones(2),)}, META))
+    clients = load_checkpoint(tmp_path / "c").clients
     clients[0][0].fill_(9)
     assert clients[1][0].tolist() == [1, 1]
     assert len({c[0].untyped_storage().data_ptr() for c in clients.values()}) == 2
@@ -110,7 +112,7 @@ def test_restored_client_states_own_their_memory(tmp_path):
 def save_sample(path):
     names = sorted("qwertyuiop", reverse=True)
     value = Pair({name: torch.arange(5.0) * i for i, name in enumerate(names)}, (torch.ones(3),))
-    runs.save_checkpoint(path, Snapshot(value, {3: value, 1: value}, META))
+    save_checkpoint(path, Snapshot(value, {3: value, 1: value}, META))
 
 
 def test_equal_snapshots_have_equal_bytes_in_every_process(tmp_path):
@@ -122,7 +124,7 @@ def test_equal_snapshots_have_equal_bytes_in_every_process(tmp_path):
 
 
 def test_a_state_class_that_has_changed(tmp_path, monkeypatch):
-    runs.save_checkpoint(tmp_path / "c", Snapshot(Pair(torch.ones(1), ()), {}, META))
+    save_checkpoint(tmp_path / "c", Snapshot(Pair(torch.ones(1), ()), {}, META))
     module = sys.modules[__name__]
 
     class Changed(NamedTuple):
@@ -133,18 +135,18 @@ def test_a_state_class_that_has_changed(tmp_path, monkeypatch):
     with pytest.raises(
         CheckpointError, match=r"Pair with the fields left, right; now it has left, middle\. Restore the"
     ):
-        runs.load_checkpoint(tmp_path / "c")
+        load_checkpoint(tmp_path / "c")
     for gone in (None, int):
         monkeypatch.setattr(module, "Pair", gone)
         with pytest.raises(
             CheckpointError, match=r"holds a test_runs:Pair, which this experiment's algorithm does not"
         ):
-            runs.load_checkpoint(tmp_path / "c")
+            load_checkpoint(tmp_path / "c")
 
 
 def test_nothing_is_imported_by_a_checkpoint(tmp_path):
     """A module that is named but not loaded stays so: a checkpoint from a stranger runs no code."""
-    runs.save_checkpoint(tmp_path / "c", Snapshot(Pair(torch.ones(1), ()), {}, META))
+    save_checkpoint(tmp_path / "c", Snapshot(Pair(torch.ones(1), ()), {}, META))
     raw = (tmp_path / "c").read_bytes()
     name = "test_runs:Pair"
     assert "turtle" not in sys.modules
@@ -155,7 +157,7 @@ def test_nothing_is_imported_by_a_checkpoint(tmp_path):
     del forged["sha256"]
     save_file(load_file(tmp_path / "c"), tmp_path / "forged", {"fedtail": json.dumps(forged)})
     with pytest.raises(CheckpointError, match="holds a turtle:Vec2D"):
-        runs.load_checkpoint(tmp_path / "forged")
+        load_checkpoint(tmp_path / "forged")
     assert "turtle" not in sys.modules
 
 
@@ -213,7 +215,7 @@ def test_checkpoint_every(tmp_path):
     experiment = dataclasses.replace(QUICK, rounds=7, checkpoint_every=3, local=fedtail.LocalWork(steps=1))
     kept = []
     for _ in fedtail.run(experiment, tmp_path / "run"):
-        kept.append(runs.load_checkpoint(tmp_path / "run" / "checkpoint.safetensors").meta["round"])
+        kept.append(load_checkpoint(tmp_path / "run" / "checkpoint.safetensors").meta["round"])
     assert kept == [0, 0, 3, 3, 3, 6, 7]  # every third, and the last
 
 
@@ -223,7 +225,7 @@ def test_the_best_checkpoint_is_the_first_of_the_highest_validation_score(tmp_pa
     )
     list(fedtail.run(experiment, tmp_path / "run"))
     scores = [r["validation"]["balanced_accuracy"] for r in runs.read(tmp_path / "run").records]
-    best = runs.load_checkpoint(tmp_path / "run" / "best.safetensors").meta
+    best = load_checkpoint(tmp_path / "run" / "best.safetensors").meta
     assert best["round"] == 1 + int(np.argmax(scores))
     assert best["best"] == max(scores)
     federation = reopen(tmp_path / "run", "best")
@@ -293,6 +295,53 @@ def test_what_is_no_run_folder(tmp_path):
     (tmp_path / "config.toml").write_text("rounds = 3\n")
     with pytest.raises(CheckpointError, match=r"is damaged: .*metrics"):
         runs.read(tmp_path)
+
+
+# ---- a start
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """One of three rounds of a run that starts from another one, named relative to the working directory."""
+    monkeypatch.chdir(tmp_path)
+    list(fedtail.run(dataclasses.replace(QUICK, rounds=1), "first-seed1"))
+    whole = dataclasses.replace(QUICK, start="first-seed{seed}")
+    list(fedtail.run(whole, "whole"))
+    rounds = fedtail.run(whole, "second")
+    next(rounds)
+    rounds.close()
+    return tmp_path
+
+
+def test_a_run_needs_the_one_that_it_started_from_no_more(started, monkeypatch):
+    first = started / "first-seed1"
+    with contextlib.closing(reopen(first)) as before, contextlib.closing(reopen(started / "second")) as running:
+        assert trees.equal(running.task.initial, before.variables())
+    monkeypatch.chdir(started.parent)
+    shutil.rmtree(first)
+    assert len(list(fedtail.resume(started / "second"))) == 2
+    for name in ("metrics.jsonl", "checkpoint.safetensors"):
+        assert (started / "second" / name).read_bytes() == (started / "whole" / name).read_bytes()
+    x = torch.zeros(1, 1, 8, 8)
+    assert torch.equal(fedtail.load(started / "second")(x), fedtail.load(started / "whole")(x))
+
+
+def test_a_run_without_its_initial_model_falls_back_on_the_other_run(started):
+    """As runs were kept before."""
+    (started / "second" / "initial.safetensors").unlink()
+    assert len(list(fedtail.resume("second"))) == 2
+    assert (started / "second/metrics.jsonl").read_bytes() == (started / "whole/metrics.jsonl").read_bytes()
+    shutil.rmtree("first-seed1")
+    with pytest.raises(CheckpointError, match=r"first-seed1 is not a run folder"):
+        reopen("second")
+
+
+def test_an_initial_model_that_is_damaged_or_not_needed(started):
+    assert not (started / "first-seed1" / "initial.safetensors").exists()
+    path = started / "second" / "initial.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(CheckpointError, match=r"initial\.safetensors is damaged"):
+        reopen("second")
 
 
 # ---- writing

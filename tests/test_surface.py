@@ -20,7 +20,7 @@ SOURCE = Path(fedtail.__file__).parent
 
 # From the bottom to the top: a module imports from its own layer or from lower ones.
 LAYERS = [
-    {"errors", "seeds", "trees", "files", "schedule", "metrics", "optim", "userfile"},
+    {"errors", "seeds", "trees", "files", "schedule", "metrics", "optim", "userfile", "states", "checkpoint"},
     {"models", "models.specs", "models.layers", "models.small", "models.resnet", "models.user"},
     {"task"},
     {"algorithm", "drift", "heads", "local", "losses"},
@@ -30,8 +30,8 @@ LAYERS = [
      "algorithms.crt", "algorithms.ccvr", "algorithms.creff", "algorithms.posthoc"},
     {"data", "data.augment", "data.base", "data.catalog", "data.dataset", "data.dirichlet", "data.entries",
      "data.federated", "data.fetch", "data.formats", "data.hub", "data.images", "data.lazy", "data.legacy",
-     "data.longtail", "data.partition", "data.plan", "data.skews", "data.statistics"},
-    {"engines", "engines.base", "engines.loop", "engines.parallel", "engines.vmap"},
+     "data.longtail", "data.members", "data.partition", "data.plan", "data.skews", "data.statistics"},
+    {"engines", "engines.base", "engines.distributed", "engines.loop", "engines.parallel", "engines.processes", "engines.vmap"},
     {"config"},
     {"federation", "evaluate", "runs"},
     {"experiment"},
@@ -46,7 +46,7 @@ LAYER = {f"fedtail.{name}": i for i, layer in enumerate(LAYERS) for name in laye
 PACKAGES = {
     "torch": None,
     "numpy": None,
-    "safetensors": {"runs"},
+    "safetensors": {"checkpoint", "states"},
     "tomli_w": {"config"},
     "PIL": {"data.formats", "data.images"},
     "tyro": {"cli"},

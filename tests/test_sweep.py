@@ -1,5 +1,6 @@
 """Sweeps: the file, the runs, and what happens when they are stopped, killed, or fail."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -10,8 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from fedtail import cli, config, runs, sweep, workers
-from fedtail.errors import ConfigError
+from fedtail import FedAvg, FedGraB, FedProx, cli, config, runs, sweep, workers
+from fedtail.data.longtail import Exponential, NoTail
+from fedtail.data.partition import IID
+from fedtail.errors import CheckpointError, ConfigError
+from fedtail.experiment import run as begin
+from fedtail.losses import Focal
+from fedtail.optim import SGD, Adam
 
 HEAD = """
 seeds = [0, 1]
@@ -121,9 +127,49 @@ def test_a_grid_of_classes():
     ]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_a_cell_classes_come_first_whatever_the_order(order):
+    keys = ['"data.partition.clients" = [3]', '"data.partition.name" = ["iid"]',
+            '"algorithm.optimizer.beta1" = [0.5]', '"algorithm.optimizer" = [{ name = "adam" }]',
+            '"algorithm.mu" = [0.5]', '"algorithm.name" = ["fedprox"]']  # fmt: skip
+    [run] = sweep.load(write("[grid]\n" + "\n".join(keys[::order]) + '\n[[row]]\nname = "a"\n')).runs
+    assert run.experiment.data.partition == IID(clients=3)
+    assert run.experiment.algorithm == FedProx(mu=0.5, optimizer=Adam(beta1=0.5))
+
+
+def test_rows_and_cells_keep_of_the_base_what_their_algorithm_has():
+    base = HEAD.replace("[0, 1]", "[0]") + '[base.algorithm.loss]\nname = "focal"\ngamma = 1.0\n'
+    expected = [FedAvg(loss=Focal(gamma=1.0), optimizer=SGD(lr=0.05)), FedGraB(optimizer=SGD(lr=0.05))]
+    rows = "".join(f'[[row]]\nname = "{name}"\nalgorithm = {{ name = "{name}" }}\n' for name in ("fedavg", "fedgrab"))
+    grid = '[grid]\n"algorithm.name" = ["fedavg", "fedgrab"]\n[[row]]\nname = "a"\n'
+    for text in (base + rows, base + grid):
+        assert [run.experiment.algorithm for run in sweep.load(write(text)).runs] == expected
+    # A name that is there already changes nothing, as with --data.longtail.name.
+    text = '[base.data.longtail]\nfactor = 50.0\n[grid]\n"data.longtail.name" = ["exponential", "none"]\n[[row]]\nname = "a"\n'
+    assert [run.experiment.data.longtail for run in sweep.load(write(text)).runs] == [
+        Exponential(factor=50.0),
+        NoTail(),
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('[base]\nalgorithm = "fedprox"\n' + BARE, r"base: algorithm must be a table, got 'fedprox'"),
+        ('[base]\ndata = "mnist"\n[[row]]\nname = "a"\ndata = { server = 1 }\n', "base: data must be a table, got 'mnist'"),
+        ('[base]\nalgorithm = { optimizer = "sgd" }\n[[row]]\nname = "a"\nalgorithm = { name = "fedprox" }\n',
+         "row 'a': algorithm.optimizer must be a table, got 'sgd'"),
+        ('[[row]]\nname = "a"\nalgorithm = { name = 3 }\n', "row 'a': algorithm: the key `name` must be a string, got 3"),
+        ('[grid]\n"algorithm.name" = ["fedprox"]\n[[row]]\nname = "a"\nalgorithm = "fedavg"\n',
+         "row 'a', algorithm=fedprox: algorithm must be a table, got 'fedavg'"),
+        ('[grid]\nmodel = [{ name = "mlp" }, { name = "lenet" }]\n"model.name" = ["mlp"]\n[[row]]\nname = "a"\n',
+         r"row 'a', model=lenet, model=mlp: this is the same experiment as model=mlp, model=mlp: model makes no difference to "
+         r"this row\. Take one of the two out of the grid"),
+        ('[grid]\nrounds = [3, 3]\n' + BARE, "rounds=3: this is the same experiment as rounds=3: their values are equal"),
+        ('[grid]\n"algorithm.mu" = [0.1]\nalgorithm = { mu = [0.5] }\n' + BARE,
+         r"grid: 'algorithm\.mu' stands there twice, with dots and as a table"),
+        (BARE.replace("[[row]]", "[[rows]]"), r"unknown option 'rows'; did you mean 'row'\?"),
+        ("[base]\nrounds = 3\n", "option 'row' is missing, and has no default"),
         (BARE + "seed = [0]\n", r"row 'tuned': 'seed' has no place there"),
         ("sedes = [0]\n" + BARE, r"unknown option 'sedes'; did you mean 'seeds'\?"),
         ("seeds = [1, 1]\n" + BARE, r"different integers >= 0; got 3 rows and the seeds \[1, 1\]"),
@@ -158,6 +204,11 @@ def test_what_is_a_sweep():
     assert not sweep.is_sweep(write("rounds = 3\n"))
     assert not sweep.is_sweep(write("not TOML"))
     assert not sweep.is_sweep(Path("missing.toml"))
+    assert sweep.is_sweep(write(ROWS.replace("[[row]]", "[[rows]]")))  # so that the message is about sweeps
+    with pytest.raises(
+        ConfigError, match=r"other\.toml is a sweep, not one experiment\. `fedtail run other\.toml --dry-run`"
+    ):
+        cli.dispatch(["inspect", str(write(ROWS, "other.toml"))])
     with pytest.raises(ConfigError, match="no row matches 'fedopt'"):
         sweep.load(write(ROWS), match="fedopt")
 
@@ -169,10 +220,8 @@ def test_states(capsys):
     text = '[base]\nrounds = 2\nlocal = { epochs = 1 }\n[[row]]\nname = "a"\n[[row]]\nname = "b"\nstart = "a"\n'
     file = write("seeds = [0, 1]\n" + text)
     plan = sweep.load(file)
-    from fedtail.experiment import run
-
-    list(run(plan.runs[0].experiment, plan.runs[0].folder))
-    half = run(plan.runs[2].experiment, plan.runs[2].folder)
+    list(begin(plan.runs[0].experiment, plan.runs[0].folder))
+    half = begin(plan.runs[2].experiment, plan.runs[2].folder)
     next(half)
     half.close()
     assert sweep.states(plan) == {"a-seed0": "done", "b-seed0": "missing", "a-seed1": "partial", "b-seed1": "missing"}
@@ -195,6 +244,112 @@ def test_states(capsys):
     Path("runs/table/b-seed0").mkdir()
     with pytest.raises(ConfigError, match="b-seed0 exists and is not a run folder"):
         sweep.states(plan)
+
+
+def test_a_start_is_compared_as_a_folder(tmp_path, monkeypatch):
+    file = write('[base]\nlocal = { epochs = 1 }\n[[row]]\nname = "a"\n[[row]]\nname = "b"\nstart = "a"\n')
+    run = sweep.load(file, output=Path("runs/x")).runs[1]
+    run.folder.mkdir(parents=True)
+
+    def states(**changes):
+        (tmp_path / run.folder / "config.toml").write_text(config.dumps(dataclasses.replace(run.experiment, **changes)))
+        return {sweep.state(sweep.load(file, output=output).runs[1]) for output in outputs}
+
+    file, outputs = file.resolve(), [Path("runs/x"), Path("./runs/../runs/x"), tmp_path / "runs/x"]
+    for start in ("runs/x/a-seed{seed}", "./runs/x/a-seed{seed}", f"{tmp_path}/runs/x/a-seed{{seed}}"):
+        assert states(start=start) == {"partial"}
+    for start in ("", "runs/y/a-seed{seed}", "runs/x/c-seed{seed}", "x/runs/x/a-seed{seed}"):
+        with pytest.raises(ConfigError, match='b-seed0 holds another experiment: start is "'):
+            states(start=start)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    outputs = [Path("../runs/x"), tmp_path / "runs/x"]
+    for start in ("runs/x/a-seed{seed}", f"{tmp_path}/runs/x/a-seed{{seed}}"):  # the first: from where it was begun
+        assert states(start=start) == {"partial"}
+
+
+ONE = 'seeds = [0]\n[base]\nrounds = 2\nlocal = {{ epochs = 1 }}\n[[row]]\nname = "a"\nalgorithm = {{ {} }}\n'
+SOUND, CHANGED = ONE.format('name = "fedavg"'), ONE.format('name = "fedprox"')
+
+
+def test_a_folder_without_a_finished_round_may_be_replaced():
+    [run] = sweep.load(write(SOUND)).runs
+    [changed] = sweep.load(write(CHANGED)).runs
+    begin(run.experiment, run.folder).close()  # failed in its first round: a checkpoint of round 0, no record
+    assert [sweep.state(run), sweep.state(changed)] == ["missing", "missing"]
+    with runs.locked(run.folder), pytest.raises(CheckpointError, match="another process is running"):
+        sweep.clear(changed)
+    assert run.folder.exists()
+    sweep.clear(changed)
+    assert list(run.output.iterdir()) == []
+    sweep.clear(changed)  # nothing there: nothing to do
+    # An algorithm that cannot even be read any more does not matter either.
+    begin(run.experiment, run.folder).close()
+    file = run.folder / "config.toml"
+    file.write_text(file.read_text().replace('"fedavg"', '"gone"'))
+    assert sweep.state(run) == "missing"
+
+
+@pytest.mark.parametrize("kept", ["records", "part of a record", "checkpoint", "best", "foreign"])
+def test_a_folder_that_holds_anything_of_a_round_is_never_removed(kept):
+    [run] = sweep.load(write(SOUND)).runs
+    [changed] = sweep.load(write(CHANGED)).runs
+    rounds = begin(run.experiment, run.folder)
+    if kept in ("records", "checkpoint"):
+        next(rounds)
+    rounds.close()
+    records = run.folder / "metrics.jsonl"
+    if kept == "checkpoint":
+        records.write_text("")
+    elif kept == "records":
+        (run.folder / "checkpoint.safetensors").unlink()
+    elif kept == "part of a record":
+        records.write_text('{"rou')
+    elif kept == "best":
+        (run.folder / "best.safetensors").touch()
+    else:
+        (run.folder / "config.toml").unlink()
+    with pytest.raises(ConfigError, match="is not a run folder" if kept == "foreign" else "holds another experiment"):
+        sweep.state(changed)
+    before = sorted(run.folder.iterdir())
+    sweep.clear(changed)
+    assert [path for path in sorted(run.folder.iterdir()) if path.name != ".lock"] == [
+        path for path in before if path.name != ".lock"
+    ]
+
+
+def test_a_damaged_run_costs_its_own_table_only(capsys):
+    plan = sweep.load(
+        write(SOUND.replace("rounds = 2", "rounds = 1") + '[grid]\n"data.longtail.factor" = [5.0, 10.0]\n')
+    )
+    for run in plan.runs:
+        list(begin(run.experiment, run.folder))
+    damaged = plan.runs[0].folder
+    (damaged / "metrics.jsonl").write_text("nonsense\n")
+    (damaged / "timings.jsonl").write_text("nonsense\n")
+    assert workers.clock(damaged) == workers.Clock(0, 0.0, 0)
+    workers._print_tables(plan, {run.name for run in plan.runs})
+    out, err = capsys.readouterr()
+    assert f"no table: the run folder {damaged} is damaged" in err
+    first, second = out.split("==== factor=10\n")
+    assert "overall" not in first
+    assert "overall" in second
+    assert [line for line in out.splitlines() if line.startswith("fedtail")] == [
+        f"fedtail compare {run.folder}" for run in plan.runs
+    ]
+
+
+def test_an_interrupt_lists_what_failed_before(monkeypatch, capsys):
+    def work(pool):
+        pool._fail("a-seed0", "no such file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workers._Pool, "work", work)
+    with pytest.raises(SystemExit) as end:
+        workers.main(write(SOUND))
+    assert end.value.code == 130
+    said = "stopped: 0 of 1 runs are done. The same command continues.\n\n1 of 1 runs failed:\n  a-seed0: no such file"
+    assert capsys.readouterr().err.strip() == said
 
 
 def test_the_experiments_of_this_repository(monkeypatch):
@@ -246,7 +401,7 @@ def test_a_sweep_prints_its_progress_its_table_and_the_command(whole):
     assert [runs.rounds_done(root / "out" / f"{name}-seed{seed}") for seed in (0, 1) for name in NAMES] == [2, 2, 1] * 2
     assert "6 runs, 0 of them done, 2 at a time, in out\n" in err
     assert re.search(
-        r"^tuned-seed1: done after 0:\d\d:\d\d; 6 of 6 runs, .* elapsed, about 0:00:00 left$", err, re.MULTILINE
+        r"^\w+-seed1: done after 0:\d\d:\d\d; 6 of 6 runs, .* elapsed, about 0:00:00 left$", err, re.MULTILINE
     )
     assert err.index("fedavg-seed0: done") < err.index("tuned-seed0: begins")
     labels = [line.split("  ")[0].strip() for line in out.splitlines()]
@@ -306,3 +461,18 @@ def test_a_failing_row_ends_neither_the_others_nor_silently(tmp_path):
     assert again.returncode == 0, err
     assert "begins" not in err
     assert os.stat("out/fedavg-seed0/checkpoint.safetensors").st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+def test_a_row_that_failed_in_its_first_round_can_be_mended():
+    wild = ONE.format('name = "fedavg", optimizer = { name = "sgd", lr = 1e30 }')
+    process = command(str(write(wild)))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert Path("runs/table/a-seed0/config.toml").is_file()
+    process = command(str(write(SOUND)))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "a-seed0: begins" in err
+    assert config.load("runs/table/a-seed0").algorithm == FedAvg()
+    assert "fedtail compare runs/table/a-seed0" in out

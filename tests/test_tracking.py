@@ -1,5 +1,6 @@
 """Trackers: TensorBoard's own reader finds what metrics.jsonl holds; MLflow by a stand-in for its client."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -9,7 +10,7 @@ import pytest
 from fedtail import tracking
 from fedtail.cli import dispatch
 from fedtail.config import Evaluation, Experiment
-from fedtail.errors import ConfigError
+from fedtail.errors import ConfigError, TrainingError
 from fedtail.experiment import resume, run
 from fedtail.metrics import Thirds
 
@@ -57,8 +58,8 @@ class Client:
     def update_run(self, run_id, status):
         self.runs[run_id]["status"] = status
 
-    def set_terminated(self, run_id):
-        self.runs[run_id]["status"] = "FINISHED"
+    def set_terminated(self, run_id, status):
+        self.runs[run_id]["status"] = status
 
     def log_param(self, run_id, key, value):
         self.runs[run_id]["params"][key] = value
@@ -74,7 +75,7 @@ def test_mlflow_gets_parameters_and_metrics_and_a_resume_continues_the_run(tmp_p
     rounds = tracking.track(run(SMALL, folder), SMALL, folder, ["mlflow", "mlflow"])
     next(rounds)
     rounds.close()
-    assert Client.runs["run0"]["status"] == "FINISHED"
+    assert Client.runs["run0"]["status"] == "KILLED"
     for _ in tracking.track(resume(folder), SMALL, folder, ["mlflow"]):
         assert Client.runs["run0"]["status"] == "RUNNING"
     assert list(Client.runs) == ["run0"]
@@ -82,6 +83,36 @@ def test_mlflow_gets_parameters_and_metrics_and_a_resume_continues_the_run(tmp_p
     assert (kept["name"], kept["status"]) == ("mine", "FINISHED")
     assert kept["params"]["algorithm.name"] == "fedavg"
     assert kept["metrics"] == {(k, r["round"]): v for r in written(folder) for k, v in tracking.scalars(r).items()}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(TrainingError, "FAILED"), (MemoryError, "FAILED"), (KeyboardInterrupt, "KILLED")]
+)
+def test_mlflow_learns_how_a_run_ended(tmp_path, monkeypatch, error, status):
+    Client.runs = {}
+    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(MlflowClient=Client))
+
+    def rounds():
+        yield from run(dataclasses.replace(SMALL, rounds=1))
+        raise error
+
+    with pytest.raises(error):
+        list(tracking.track(rounds(), SMALL, tmp_path, ["mlflow"]))
+    assert [kept["status"] for kept in Client.runs.values()] == [status]
+
+
+def test_where_the_second_tracker_cannot_be_opened_the_first_is_closed(tmp_path, monkeypatch):
+    Client.runs = {}
+    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(MlflowClient=Client))
+
+    class Broken(tracking.MLflow):
+        def __init__(self, experiment, folder):
+            raise OSError("no space")
+
+    monkeypatch.setitem(tracking.TRACKERS, "broken", Broken)
+    with pytest.raises(OSError, match="no space"):
+        tracking.track(iter(()), SMALL, tmp_path, ["mlflow", "broken"])
+    assert [kept["status"] for kept in Client.runs.values()] == ["FAILED"]
 
 
 def test_what_is_wrong_is_said_before_anything_is_made(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What there is, by name: read from sources and registries without importing torch."""
 
 import ast
+import dataclasses
 import importlib.util
 import inspect
 from pathlib import Path
@@ -82,26 +83,36 @@ def show(name: str) -> str:
     """
     if (target := _losses().get(name)) is not None:
         node = _class(_source(target), target)
-        return _page(name, ast.get_docstring(node), node, [])
+        return _page(name, ast.get_docstring(node), [node], {})
+    shared = {"optimizer": ("SGD()", "What a client steps with (every algorithm has it).")}
     if name in ALGORITHMS:
-        module, target = _source(ALGORITHMS[name]), ALGORITHMS[name]
-    else:
-        from fedtail.algorithm import Algorithm
-        from fedtail.config import resolve
+        module = _source(ALGORITHMS[name])
+        return _page(name, ast.get_docstring(module), [_class(module, ALGORITHMS[name])], shared)
+    from fedtail.algorithm import Algorithm
+    from fedtail.config import resolve
 
-        cls = resolve(Algorithm, name)
-        file = inspect.getsourcefile(cls)
-        if file is None:
-            raise ConfigError(f"the source of {name!r} cannot be found.")
-        module, target = ast.parse(Path(file).read_text()), f":{cls.__name__}"
-    shared = "  optimizer           SGD()           What a client steps with (every algorithm has it)."
-    return _page(name, ast.get_docstring(module), _class(module, target), [shared])
+    cls = resolve(Algorithm, name)
+    line = [base for base in cls.__mro__ if dataclasses.is_dataclass(base) and base is not Algorithm]
+    modules = [_written(base, name) for base in line]
+    nodes = [_class(module, f":{base.__name__}") for module, base in zip(modules, line, strict=True)]
+    return _page(name, ast.get_docstring(modules[0]), nodes[::-1], shared)
 
 
-def _page(name: str, text: str | None, cls: ast.ClassDef, shared: list[str]) -> str:
-    """Returns a text and the table of a class's options, those that it inherits first."""
-    options = shared + [f"  {field:20}{default:16}{meaning}" for field, default, meaning in option_docs(cls)]
-    found = (n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "shares_counts")
-    revealed = [f"Clients reveal their class counts: {_first_line(ast.get_docstring(n))}" for n in found]
+def _written(cls: type, name: str) -> ast.Module:
+    """Parses the file that defines a class of a user."""
+    file = inspect.getsourcefile(cls)
+    if file is None:
+        raise ConfigError(f"the source of {name!r} cannot be found.")
+    return ast.parse(Path(file).read_text())
+
+
+def _page(name: str, text: str | None, line: list[ast.ClassDef], shared: dict[str, tuple[str, str]]) -> str:
+    """Returns a text and the table of a class's options, those that it inherits first; `line` ends with the class."""
+    known = dict(shared)
+    for field, default, meaning in (option for cls in line for option in option_docs(cls)):
+        known[field] = (default, meaning or known.get(field, ("", ""))[1])
+    options = [f"  {field:20}{default:16}{meaning}" for field, (default, meaning) in known.items()]
+    found = [n for cls in line for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "shares_counts"]
+    revealed = [f"Clients reveal their class counts: {_first_line(ast.get_docstring(n))}" for n in found[-1:]]
     head = f"Options of {name} (name, default, meaning):" if options else f"{name} has no options."
     return "\n".join([text or "", "", head, *options, *revealed])

@@ -28,7 +28,7 @@ usage: fedtail VERB ... (fedtail VERB --help tells more)
   resume RUN           continue a run that was stopped, bit for bit
   evaluate RUN         scores of a run's checkpoint on a split
   compare RUN...       one table over seeds; refuses runs that differ in more than the method
-  plot KIND RUN...     pictures: partition, classes, curves, prior, balance, clients
+  plot KIND RUN...     pictures: partition, classes, groups, curves, prior, balance, clients
   report RUN...        one self-contained HTML page
   inspect EXP          who holds what, and what a round costs, before anything is trained
   list WHAT            algorithms, losses, models, datasets, partitions
@@ -93,7 +93,7 @@ def compare(
     Args:
         runs: run folders.
         allow: dotted keys in which the runs may differ besides the method and the seed, for example data.longtail.
-        format: how to print it; in csv and json the numbers are shares in [0, 1].
+        format: how to print it; in csv and json accuracies are shares in [0, 1].
     """
     from fedtail import report, tables
 
@@ -255,7 +255,7 @@ def inspect(arguments: list[str]) -> None:
         from fedtail import plots
 
         plots.save(plots.partition(np.array(found["counts"])), command.picture)
-        print(command.picture)
+        print(command.picture, file=sys.stderr)
 
 
 def check(arguments: list[str]) -> None:

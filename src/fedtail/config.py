@@ -145,6 +145,8 @@ class Experiment:
     """Rounds between two checkpoints, >= 1; a killed run repeats the rounds since the last one."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of parameters and inputs."""
+    autocast: bool = False
+    """Runs the network in bfloat16 where torch's autocast does so: faster on some machines, other results (docs/speed.md)."""
     device: str = "cpu"
     """Where training happens: cpu, cuda, cuda:1."""
 
@@ -152,10 +154,10 @@ class Experiment:
         if self.seed < 0 or self.rounds < 1 or self.checkpoint_every < 1:
             raise ConfigError("seed must be >= 0, rounds and checkpoint_every >= 1; "
                               f"got {self.seed}, {self.rounds}, {self.checkpoint_every}.")  # fmt: skip
+        if self.autocast and self.dtype == "float64":
+            raise ConfigError('autocast makes bfloat16 of float32, not of dtype = "float64". Set one of the two.')
         if self.evaluation.keep == "best" and not self.data.validation:
-            raise ConfigError(
-                'evaluation.keep = "best" needs a validation split: set data.validation (images per class).'
-            )
+            raise ConfigError('evaluation.keep = "best" needs a validation split: set data.validation, for example 20.')
 
 
 REGISTRIES: dict[type, Mapping[str, Any]] = {
@@ -169,6 +171,8 @@ REGISTRIES: dict[type, Mapping[str, Any]] = {
     Schedule: SCHEDULES,
 }
 """For each abstract field type, the names that a configuration may use."""
+SWEEP = {"row", "rows", "base", "grid"}
+"""Keys that say that a file is meant as a sweep (fedtail.sweep): an experiment has none of them."""
 
 
 def resolve(base: type, name: str) -> type:
@@ -262,11 +266,15 @@ def from_dict(cls: type, table: Mapping[str, Any], where: str = "") -> Any:
             cls = resolve(cls, name)
     hints = get_type_hints(cls)
     known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    path = f"{where}." if where else ""
     for key in table:
         if key not in known:
-            place, words = f"{where}.{key}" if where else key, [*(["name"] if polymorphic else []), *known]
-            raise ConfigError(f"unknown option {place!r}{did_you_mean(key, words)} Known are {', '.join(words)}.")
-    values = {k: _value(known[k], v, f"{where}.{k}" if where else k) for k, v in table.items()}
+            words = [*(["name"] if polymorphic else []), *known]
+            raise ConfigError(f"unknown option {path + key!r}{did_you_mean(key, words)} Known are {', '.join(words)}.")
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]  # both are MISSING
+    if missing := [key for key in required if key not in table]:
+        raise ConfigError(f"option {path + missing[0]!r} is missing, and has no default. Add it to the file.")
+    values = {k: _value(known[k], v, path + k) for k, v in table.items()}
     try:
         return cls(**values)
     except TypeError as error:
@@ -326,6 +334,9 @@ def load(path: str | Path) -> Experiment:
     file = Path(path)
     file = file / "config.toml" if file.is_dir() else file
     table = read_toml(file)
+    if SWEEP & table.keys():
+        raise ConfigError(f"{file} is a sweep, not one experiment. `fedtail run {file} --dry-run` lists its run folders; each "
+                          "one that is there can stand in its place.")  # fmt: skip
     try:
         return from_dict(Experiment, merged(to_dict(Experiment()), table))
     except ConfigError as error:
@@ -343,10 +354,16 @@ def merged(default: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, An
     return out
 
 
+def shared(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns what an algorithm takes over from the options of another one: the classes that both have (optimizer, loss)."""
+    hints = get_type_hints(resolve(Algorithm, name))
+    return {key: value for key, value in options.items() if hints.get(key) in REGISTRIES}
+
+
 def pick_names(table: dict[str, Any], arguments: list[str]) -> list[str]:
     """Takes `--algorithm.name fedprox` and its like out of command-line arguments and applies them to a table.
 
-    Options that an old and a new algorithm share by name and that hold other classes (optimizer, loss) are kept.
+    Of an algorithm that is replaced, the options that are classes (see `shared`) are kept.
 
     Returns:
         The remaining arguments.
@@ -365,9 +382,7 @@ def pick_names(table: dict[str, Any], arguments: list[str]) -> list[str]:
             continue
         name = value if equals else next(words, "")
         if name != node["name"]:
-            new = [resolve(Algorithm, name)] if path == ["algorithm", "name"] else []
-            known = {f.name for cls in new for f in dataclasses.fields(cls)}
-            kept = {k: v for k, v in node.items() if isinstance(v, dict) and k in known}
+            kept = shared(node, name) if path == ["algorithm", "name"] else {}
             node.clear()
             node.update({"name": name, **kept})
     return rest

@@ -54,6 +54,16 @@ class Drift:
             self._sum[name] = self._sum.get(name, 0.0) + weight * value
             self._directions[name] = self._directions.get(name, 0.0) + weight / norm * value
 
+    def sums(self) -> Tree:
+        """Returns all sums as a tree of tensors; those of several objects may be added up."""
+        numbers = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in (self._weight, self._squares)])
+        return {"numbers": numbers, "sum": self._sum, "directions": self._directions}
+
+    def restore(self, sums: Tree) -> None:
+        """Goes on from what `sums` gave."""
+        self._weight, self._squares = float(sums["numbers"][0]), sums["numbers"][1]
+        self._sum, self._directions = dict(sums["sum"]), dict(sums["directions"])
+
     def metrics(self) -> dict[str, Tensor]:
         """Returns "update_norm" (||D||), "drift_distance", "drift_relative", "drift_cosine"; nothing if nothing was added."""
         if not self._sum:

@@ -1,5 +1,6 @@
 """Judging a model: predictions become confusion counts, and every reported number comes from sums of those."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,7 +48,7 @@ class Judge:
     round: Round
     constants: Tree
     message: Tree
-    states: dict[int, Tree]
+    states: Mapping[int, Tree]
     options: Evaluation
 
     def scores(self, split: Split) -> dict[str, Any]:

@@ -18,17 +18,20 @@ import torch
 
 from fedtail import config, runs
 from fedtail.algorithm import Context, Phase, Round
+from fedtail.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from fedtail.config import Experiment
 from fedtail.data.federated import FederatedData
+from fedtail.data.members import Members
 from fedtail.data.plan import make_plan
 from fedtail.drift import Drift
-from fedtail.engines import choose, make_engine
+from fedtail.engines import choose, distributed, make_engine
 from fedtail.engines.base import Engine, Setting, Sink, blame, one_thread
 from fedtail.engines.loop import iterate
 from fedtail.errors import CheckpointError, ConfigError, TrainingError
 from fedtail.evaluate import Judge, Split, shot_groups
 from fedtail.federation import Predictor, check_device, federate, make_task
 from fedtail.seeds import Stream, generator
+from fedtail.states import ClientStates
 from fedtail.task import Task, Variables
 from fedtail.trees import Tree, all_finite
 
@@ -48,8 +51,9 @@ class RoundResult(NamedTuple):
 class Federation:
     """An experiment under way: the fixed setting and the state between two rounds."""
 
-    def __init__(self, experiment: Experiment, data: FederatedData | None = None):
+    def __init__(self, experiment: Experiment, data: FederatedData | None = None, initial: Variables | None = None):
         check_device(experiment.device)
+        distributed.join(experiment.device)
         if experiment.algorithm.needs_start(experiment.rounds) and not experiment.start:
             rounds = f"{experiment.rounds} round{'s' if experiment.rounds > 1 else ''}"
             raise ConfigError(f"algorithm {config.name_of(experiment.algorithm)} trains no backbone in {rounds}: "
@@ -57,12 +61,11 @@ class Federation:
         self.data = data if data is not None else federate(experiment.data, experiment.seed, experiment.device)
         self.task = make_task(experiment, self.data)
         if experiment.start:
-            self.task = dataclasses.replace(self.task, initial=_initial(experiment, self.task))
-        holders = [i for i, owned in enumerate(self.data.owners) if len(experiment.local.lengths(len(owned)))]
-        if not holders:
+            self.task = dataclasses.replace(self.task, initial=initial or _initial(experiment, self.task))
+        self.holders = np.flatnonzero(Members.of(self.data.owners).sizes >= experiment.local.min_batch)
+        if not len(self.holders):
             raise ConfigError("data.partition and local.min_batch leave no client with a batch. Lower local.min_batch.")
-        self.holders = np.array(holders)
-        size = min(experiment.participation.size(self.data.clients), len(holders))
+        size = min(experiment.participation.size(self.data.clients), len(self.holders))
         self.cohort_size = size
         options = experiment.engine
         self.reason = "as configured"
@@ -76,10 +79,10 @@ class Federation:
                               "(images per class), for example 1.")  # fmt: skip
         self.counts: torch.Tensor | None = None
         if self.algorithm.shares_counts:
-            self.counts = torch.from_numpy(self.data.counts().sum(0)).to(self.task.device, self.task.dtype)
+            self.counts = torch.from_numpy(self.data.class_totals()).to(self.task.device, self.task.dtype)
         shot_groups(experiment.evaluation.groups, self.data)  # a rule that does not fit is refused before training
         self.round, self.stage, self.best = 0, 0, -1.0
-        self.states: dict[int, Tree] = {}
+        self.states = ClientStates(experiment.engine.states_mib << 20)
         with one_thread(), blame("constants"):
             self.constants = self.algorithm.constants(self.task, generator(experiment.seed, Stream.CONSTANTS))
         self.engine = self._engine()
@@ -92,7 +95,8 @@ class Federation:
         task = self.algorithm.stage_task(self.task, self.stage)
         experiment = self.experiment
         setting = Setting(self.algorithm, task, self.data, experiment.local, experiment.seed, self.constants)
-        return make_engine(experiment.engine, setting)
+        engine = make_engine(experiment.engine, setting)
+        return distributed.DistributedEngine(engine) if distributed.ranks() > 1 else engine
 
     def close(self) -> None:
         """Gives the engine's threads back."""
@@ -106,9 +110,10 @@ class Federation:
                      self.counts)  # fmt: skip
         return Context(self.worker, here, self.constants, None)
 
-    def restore(self, snapshot: runs.Snapshot) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Continues from a checkpoint."""
-        self.server, self.states = snapshot.server, dict(snapshot.clients)
+        self.server = snapshot.server
+        self.states.update(snapshot.clients)
         self.round, self.best = snapshot.meta["round"], snapshot.meta["best"]
         self._set_stage(snapshot.meta["stage"])
 
@@ -119,11 +124,11 @@ class Federation:
             self.engine = self._engine()
             self.worker = self.engine.setting.task.worker()
 
-    def snapshot(self, metrics_bytes: int) -> runs.Snapshot:
+    def snapshot(self, metrics_bytes: int) -> Snapshot:
         """Returns what a checkpoint keeps."""
         meta = {"round": self.round, "stage": self.stage, "best": self.best, "metrics_bytes": metrics_bytes,
                 "experiment": config.fingerprint(self.experiment)}  # fmt: skip
-        return runs.Snapshot(self.server, self.states, meta)
+        return Snapshot(self.server, self.states, meta)
 
     def draw(self, phase: Phase) -> list[int]:
         """Returns a phase's cohort in ascending order: a function of (seed, round)."""
@@ -249,8 +254,8 @@ def plain(metrics: dict[str, Any]) -> dict[str, Any]:
 def partition_arrays(federation: Federation) -> dict[str, np.ndarray[Any, Any]]:
     """Returns what partition.npz keeps."""
     data = federation.data
-    sizes = [len(o) for o in data.owners]
-    return {"offsets": np.cumsum([0, *sizes]), "examples": np.concatenate(list(data.owners)),
+    owners = Members.of(data.owners)
+    return {"offsets": owners.offsets, "examples": owners.members,
             "counts": data.counts(), "test_counts": data.test_counts()}  # fmt: skip
 
 
@@ -281,10 +286,11 @@ def run(experiment: Experiment, folder: str | Path | None = None) -> Iterator[Ro
 
 def start(federation: Federation, folder: str | Path | None) -> Iterator[RoundResult]:
     """Makes the run folder of a new federation and returns its rounds."""
-    path = None if folder is None else Path(folder)
+    path = None if folder is None or distributed.rank() else Path(folder)
     if path is not None:
         try:
-            runs.create(path, federation.experiment, partition_arrays(federation), federation.snapshot(0))
+            initial = federation.task.initial if federation.experiment.start else None
+            runs.create(path, federation.experiment, partition_arrays(federation), federation.snapshot(0), initial)
         except BaseException:
             federation.close()
             raise
@@ -307,10 +313,12 @@ def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
         raise CheckpointError(f"{path} is not a run folder: it has no config.toml. `fedtail run` makes one.")
     experiment = config.load(path)
     check_device(experiment.device)
-    snapshot = runs.load_checkpoint(
-        path / f"{checkpoint}.safetensors", config.fingerprint(experiment), experiment.device
-    )
-    federation = Federation(experiment)
+    belongs = config.fingerprint(experiment), experiment.device
+    limit = experiment.engine.states_mib << 20
+    snapshot = load_checkpoint(path / f"{checkpoint}.safetensors", *belongs, limit)
+    kept = path / "initial.safetensors"  # an older run with `start` has none and needs the run that it starts from
+    initial: Any = load_checkpoint(kept, *belongs).server if kept.is_file() else None
+    federation = Federation(experiment, initial=initial)
     federation.restore(snapshot)
     return federation
 
@@ -331,10 +339,12 @@ def load(folder: str | Path, client: int | None = None, checkpoint: str = "check
 def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult]:
     """Yields the federation's remaining rounds, keeping each in the run folder."""
     experiment = federation.experiment
+    if distributed.rank():  # one process writes
+        path = None
     with contextlib.closing(federation), runs.locked(path) if path else contextlib.nullcontext():
         size = 0
         if path is not None:
-            latest = runs.load_checkpoint(path / "checkpoint.safetensors", device=experiment.device)
+            latest = load_checkpoint(path / "checkpoint.safetensors", device=experiment.device)
             if latest.meta["round"] != federation.round:  # another process went on before we had the lock
                 federation.restore(latest)
             size = latest.meta["metrics_bytes"]
@@ -360,6 +370,6 @@ def _keep(federation: Federation, path: Path, record: dict[str, Any], size: int,
         score = record["validation"]["balanced_accuracy"]
         if score > federation.best:
             federation.best = score
-            runs.save_checkpoint(path / "best.safetensors", federation.snapshot(size))
+            save_checkpoint(path / "best.safetensors", federation.snapshot(size))
     if last or federation.round % experiment.checkpoint_every == 0:
-        runs.save_checkpoint(path / "checkpoint.safetensors", federation.snapshot(size))
+        save_checkpoint(path / "checkpoint.safetensors", federation.snapshot(size))

@@ -12,10 +12,11 @@ from fedtail.data.catalog import load
 from fedtail.data.dataset import Dataset
 from fedtail.data.federated import Array, FederatedData, prepare
 from fedtail.data.lazy import Decoder, column
+from fedtail.data.members import Members
 from fedtail.data.partition import describe_partition, local_test_counts, local_tests, validation_split
 from fedtail.errors import ConfigError
 from fedtail.seeds import Stream, generator
-from fedtail.task import Task, build_task
+from fedtail.task import Execution, Task, build_task
 
 
 def federate(options: Data, seed: int, device: str = "cpu") -> FederatedData:
@@ -36,7 +37,7 @@ def federate(options: Data, seed: int, device: str = "cpu") -> FederatedData:
     chosen = pool[options.longtail.cut(labels[pool], classes, generator(seed, Stream.LONGTAIL))]
     users = None if dataset.train.user is None else dataset.train.user[chosen]
     owners = options.partition.split(labels[chosen], classes, generator(seed, Stream.PARTITION), users)
-    counts = np.stack([np.bincount(labels[chosen][o], minlength=classes) for o in owners])
+    counts = Members.of(owners).class_counts(labels[chosen], classes)
     local = _local_tests(options, seed, labels[chosen], counts, dataset.test.y)
     rows = np.concatenate([chosen, *held])  # only these are kept in memory
     ends = np.cumsum([len(chosen), *map(len, held)])
@@ -103,7 +104,8 @@ def make_task(experiment: Experiment, data: FederatedData) -> Task:
         ConfigError: the network does not fit the data.
     """
     shape = tuple(data.columns["x"].shape[1:])
+    execution = Execution(experiment.autocast, experiment.engine.channels_last, experiment.engine.compile)
     return build_task(
-        lambda: experiment.model.build(shape, data.num_classes), data.num_classes, shape,
-        seed=experiment.seed, dtype=getattr(torch, experiment.dtype), device=experiment.device,
+        lambda: experiment.model.build(shape, data.num_classes), data.num_classes, shape, seed=experiment.seed,
+        dtype=getattr(torch, experiment.dtype), device=experiment.device, execution=execution,
     )  # fmt: skip

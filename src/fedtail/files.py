@@ -2,24 +2,45 @@
 
 import errno
 import os
+import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from fedtail.errors import CheckpointError
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
+def cache_folder() -> Path:
+    """Folder that holds the data sets and what was computed once.
+
+    `$FEDTAIL_DATA`, else `fedtail` in the platform's cache of this user.
+    """
+    if chosen := os.environ.get("FEDTAIL_DATA"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fedtail"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "fedtail"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtail"
+
+
+def write_atomic(path: Path, content: str | bytes | Iterable[bytes | memoryview]) -> None:
     """Writes a file under a temporary name beside it, flushes it to the disk and renames it.
+
+    Args:
+        path: the file.
+        content: all of it, or its parts in order.
 
     Raises:
         CheckpointError: the disk is full or not writable; the old file is untouched.
     """
-    data = content.encode() if isinstance(content, str) else content
+    parts = [content.encode()] if isinstance(content, str) else [content] if isinstance(content, bytes) else content
     name = ""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)

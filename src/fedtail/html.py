@@ -126,7 +126,7 @@ def _pictures(methods: Sequence[Method], runs: Sequence[RunRecord]) -> list[str]
                  f"shot groups of seed {first.config['seed']}."),
         _picture(plots.curves(runs), "The course of training. The tables hold the last round."),
     ]  # fmt: skip
-    if len(methods) > 1 and any(run.last["test"]["tail"] is not None for run in runs):
+    if len(methods) > 1 and any(run.last["test"][name] is not None for run in runs for name, _, _ in overview.GROUPS):
         known.insert(
             0, _picture(overview.groups(runs), "Head, medium and tail of the global test set, the best tail on top.")
         )

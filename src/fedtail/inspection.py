@@ -8,6 +8,7 @@ from rich.table import Table
 from fedtail import trees
 from fedtail.config import Experiment, name_of
 from fedtail.data.lazy import memory
+from fedtail.data.members import Members
 from fedtail.data.statistics import describe, holders
 from fedtail.evaluate import shot_groups
 from fedtail.experiment import Federation
@@ -23,7 +24,7 @@ def inspect(experiment: Experiment) -> dict[str, Any]:
     federation.close()
     data, work = federation.data, experiment.local
     counts = data.counts()
-    steps = [len(work.lengths(len(owned))) for owned in data.owners]
+    steps = work.count(Members.of(data.owners).sizes)
     groups = shot_groups(experiment.evaluation.groups, data)
     model = trees.num_bytes(federation.task.initial)
     message = trees.num_bytes(federation.algorithm.broadcast(federation.context(), federation.server))
@@ -46,7 +47,7 @@ def inspect(experiment: Experiment) -> dict[str, Any]:
         "tail_holders": holders(counts, groups.tail),
         "shot_groups": {"rule": experiment.evaluation.groups.describe(),
                         **{k: list(v) for k, v in groups._asdict().items()}},
-        "local_steps": {"min": min(steps), "max": max(steps), "all": sum(steps)},
+        "local_steps": {"min": int(steps.min()), "max": int(steps.max()), "all": int(steps.sum())},
         "parameters": sum(p.numel() for p in federation.task.initial.params.values()),
         "engine": {"name": federation.experiment.engine.name, "reason": federation.reason},
         "bytes": {"model": model, "broadcast_to_a_client": message, "data": columns,
@@ -56,11 +57,11 @@ def inspect(experiment: Experiment) -> dict[str, Any]:
 
 def to_text(facts: dict[str, Any]) -> str:
     """Returns the facts for a reader: a table of class x client (clients in columns of up to 40) and the rest in lines."""
-    console = Console(width=120)
+    console = Console(width=120, markup=False, emoji=False, highlight=False)  # paths may hold brackets and colons
     statistics, engine, size = facts["statistics"], facts["engine"], facts["bytes"]
     with console.capture() as capture:
         for line in facts["sources"]:
-            console.print(line, highlight=False)
+            console.print(line)
         console.print(_counts_table(facts))
         steps = facts["local_steps"]
         console.print(
@@ -72,8 +73,7 @@ def to_text(facts: dict[str, Any]) -> str:
             f"model: {facts['parameters']:,} parameters, {size['model'] / 1e6:.2f} MB; broadcast "
             f"{size['broadcast_to_a_client'] / 1e6:.2f} MB a client; memory for data {size['data'] / 1e6:.0f} MB, for training "
             f"state {size['training_state_without_activations'] / 1e6:.0f} MB (without activations)\n"
-            f"engine: {engine['name']} ({engine['reason']})",
-            highlight=False,
+            f"engine: {engine['name']} ({engine['reason']})"
         )
         table = Table(title="statistics", title_justify="left", show_header=False)
         for key, value in statistics.items():

@@ -1,7 +1,9 @@
 """Runs sorted into methods, and the numbers of a record that tables and pictures show."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -59,18 +61,24 @@ SECTIONS = (
 
 
 def course_section(runs: Sequence[RunRecord]) -> Section:
-    """Returns the table on the way to the last round, with the runs' own targets."""
+    """Returns the table on the way to the last round, with the runs' own targets.
+
+    Spread and rounds to a target depend on which rounds were evaluated: they are left out where that is not the same.
+    """
     reached = {f"rounds_to_{t:g}": (f"rounds to {100 * t:g}", f"rounds to {100 * t:g} % overall accuracy", True, 1.0)
                for t in targets(runs)}  # fmt: skip
-    return _section(
+    way = _section(
         "course", "Drift, stability and convergence",
         drift_relative=("relative drift", "distance of the updates to their mean, over its norm", None, 1.0, 2),
         drift_cosine=("cosine", "cosine of the updates to their mean", None, 1.0, 2),
         spread=("spread over rounds", "spread of the overall accuracy over the last 20 rounds", True, 100.0, 2), **reached,
     )  # fmt: skip
+    alike = len({run.config["evaluation"]["every"] for run in runs}) == 1
+    return way if alike else way._replace(columns=way.columns[:2])
 
 
-class Method(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Method:
     """Runs that differ in the seed alone."""
 
     label: str
@@ -81,11 +89,24 @@ class Method(NamedTuple):
         """The runs' seeds."""
         return tuple(run.config["seed"] for run in self.runs)
 
+    @cached_property
+    def numbers(self) -> tuple[dict[str, Any], ...]:
+        """Each run's numbers by section: the last evaluated round's record, and "course"."""
+        return tuple({**run.last, "course": course(run)} for run in self.runs)
+
     def values(self, key: str) -> dict[int, float | None]:
         """Returns a column's number by seed, from the last evaluated round; None where there is none."""
         section, _, name = key.partition(".")
-        found = [course(run) if section == "course" else run.last.get(section, {}) for run in self.runs]
-        return {seed: values.get(name) for seed, values in zip(self.seeds, found, strict=True)}
+        return {seed: known.get(section, {}).get(name) for seed, known in zip(self.seeds, self.numbers, strict=True)}
+
+
+def leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields a nested table's values with their dotted keys; lists are values."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -95,10 +116,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         >>> flatten({"data": {"name": "digits"}, "seed": 0})
         {'data.name': 'digits', 'seed': 0}
     """
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
+    return dict(leaves(table, prefix))
 
 
 def under(key: str, prefixes: Iterable[str]) -> bool:

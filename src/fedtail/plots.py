@@ -213,12 +213,14 @@ def curves(runs: Sequence[RunRecord], metrics: Sequence[str] = ("test.accuracy",
 
     Args:
         runs: several seeds and methods; of each method the rounds that all its seeds have are drawn.
-        metrics: places in a record, for example "test.head", "local.worst_decile", "train.loss"; at least one.
+        metrics: places in a record, for example "test.head", "local.worst_decile", "train.loss"; at least one. The accuracy
+            of a shot group without classes is left out.
 
     Raises:
-        ConfigError: no run has the metric as a number.
+        ConfigError: no run has the metric as a number, or all of them are left out.
     """
     methods = group(runs)
+    metrics = [metric for metric in metrics if not _empty(runs, metric)] or metrics
     figure = new_figure(0.4 + 1.5 * len(metrics) + legend_height([method.label for method in methods]))
     panels, before = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0], ""
     for axes, metric in zip(panels, metrics, strict=True):
@@ -245,6 +247,13 @@ def _number(record: dict[str, Any], metric: str) -> float:
     section, _, name = metric.partition(".")
     value = record.get(section, {}).get(name) if isinstance(record.get(section), dict) else None
     return float(value) if isinstance(value, int | float) else np.nan
+
+
+def _empty(runs: Sequence[RunRecord], metric: str) -> bool:
+    """Says whether a metric was always recorded as missing: that of a shot group without classes."""
+    section, _, name = metric.partition(".")
+    found = [record[section] for run in runs for record in run.records if isinstance(record.get(section), dict)]
+    return any(name in table for table in found) and all(table.get(name) is None for table in found)
 
 
 def _series(method: Method, metric: str) -> tuple[Floats, Floats]:

@@ -132,27 +132,26 @@ class Comparison:
     @property
     def sections(self) -> tuple[Section, ...]:
         """The tables for which at least one run has numbers."""
-        runs = [run for method in self.methods for run in method.runs]
-        found = [s for s in SECTIONS if any(s.name in run.last for run in runs)]
-        way = course_section(runs)
+        found = [s for s in SECTIONS if any(s.name in known for m in self.methods for known in m.numbers)]
+        way = course_section([run for method in self.methods for run in method.runs])
         measured = tuple(
             c for c in way.columns if any(v is not None for m in self.methods for v in m.values(c.key).values())
         )
         return (*found, *([way._replace(columns=measured)] if measured else []))
 
     def summary(self, method: Method, key: str) -> Summary:
-        """Returns a column's mean and spread over a method's seeds, as shares in [0, 1]."""
-        return Summary.of(list(method.values(key).values()))
+        """Returns a column's mean and spread over a method's seeds, in the record's unit (an accuracy in [0, 1])."""
+        return _summary(key, list(method.values(key).values()))
 
-    def paired(self, method: Method, key: str) -> list[float]:
-        """Returns method - baseline, one number for each seed for which both have the column."""
+    def paired(self, method: Method, key: str) -> list[float | None]:
+        """Returns method - baseline, one number for each common seed; None where one of them does not have the column."""
         base, own = self.methods[0].values(key), method.values(key)
         pairs = [(own[seed], base[seed]) for seed in own if seed in base]
-        return [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
+        return [None if mine is None or theirs is None else mine - theirs for mine, theirs in pairs]
 
     def difference(self, method: Method, key: str) -> Summary:
         """Returns the mean and spread of `paired`."""
-        return Summary.of(self.paired(method, key))
+        return _summary(key, self.paired(method, key))
 
     def best(self, column: Column) -> list[bool]:
         """Says for each method whether its mean is the best of a column, or within the best's own spread of it."""
@@ -188,20 +187,16 @@ class Comparison:
         """
         if section.name == "course":
             return self._course_caption(section, mark)
-        runs = [run for method in self.methods for run in method.runs if section.name in run.last]
-        sets = distinct(run.last[section.name]["test_set"] for run in runs)
-        rules = distinct(run.last[section.name]["groups"] for run in runs)
-        rounds = distinct(str(run.last["round"] + 1) for run in runs)
+        last = [known for method in self.methods for known in method.numbers if section.name in known]
+        sets = distinct(known[section.name]["test_set"] for known in last)
+        rules = distinct(known[section.name]["groups"] for known in last)
+        rounds = distinct(str(known["round"] + 1) for known in last)
         text = (f"Test set: {'; '.join(sets)}. Shot groups: {'; '.join(rules)}. Numbers of the last round "
                 f"({', '.join(rounds)}), in percent, mean ± sample standard deviation over n seeds.")  # fmt: skip
         if len(self.methods) > 1:
             lowest = "".join(f" (lowest {c.title})" for c in section.columns if c.lower)
-            text += (f" {mark}: the best of its column{lowest}, and what lies within the best's own standard deviation of it. "
-                     "Differences: in percentage points, paired over the common seeds, mean ± half the width of its 95 % "
-                     "t-interval.")  # fmt: skip
-        if any(self.difference(m, c.key).n >= STARS for m in self.methods[1:] for c in section.columns):
-            text += " *: the interval excludes 0; not corrected for the number of comparisons."
-        return text
+            text += f" {mark}: the best of its column{lowest}, and what lies within the best's own standard deviation of it."
+        return text + self._difference_caption(section, "in percentage points, ")
 
     def _course_caption(self, section: Section, mark: str) -> str:
         names = [column.key.partition(".")[2] for column in section.columns]
@@ -213,10 +208,26 @@ class Comparison:
             parts.append("Spread over rounds: sample standard deviation of the overall accuracy over the evaluated ones of the "
                          "last 20 rounds, in percentage points.")  # fmt: skip
         if any(name.startswith("rounds_to_") for name in names):
-            parts.append("Rounds to a target: the first evaluated round with this overall accuracy in percent, over the seeds "
-                         "that reached it.")  # fmt: skip
-        best = f" {mark}: the lowest, and what lies within its own standard deviation." if len(self.methods) > 1 else ""
-        return " ".join(parts) + " Mean ± sample standard deviation over n seeds." + best
+            parts.append("Rounds to a target: the first evaluated round with this overall accuracy in percent; \"-\" where not "
+                         "every seed reached it, and for a run that starts from another one.")  # fmt: skip
+        parts.append("Mean ± sample standard deviation over n seeds.")
+        if lowest := ", ".join(column.title for column in section.columns if column.lower and len(self.methods) > 1):
+            parts.append(f"{mark}: the lowest {lowest}, and what lies within its own standard deviation of it.")
+        return " ".join(parts) + self._difference_caption(section)
+
+    def _difference_caption(self, section: Section, unit: str = "") -> str:
+        """Returns how to read the differences; nothing where there are none."""
+        if len(self.methods) == 1:
+            return ""
+        starred = any(self.difference(m, c.key).n >= STARS for m in self.methods[1:] for c in section.columns)
+        return (f" Differences: {unit}paired over the common seeds, mean ± half the width of its 95 % t-interval."
+                + (" *: the interval excludes 0; not corrected for the number of comparisons." if starred else ""))  # fmt: skip
+
+
+def _summary(key: str, values: Sequence[float | None]) -> Summary:
+    """Summarises a column; rounds to a target have a mean only if every seed reached it, since the rest would look fast."""
+    summary = Summary.of(values)
+    return Summary(None, None, summary.n) if key.startswith("course.rounds_to_") and None in values else summary
 
 
 def compare(folders: Sequence[str | Path], allow: Sequence[str] = ()) -> Comparison:
@@ -298,11 +309,15 @@ def _machine_notes(runs: Sequence[RunRecord]) -> list[str]:
         notes.append(f"Engines: {', '.join(engines)}; vmap agrees with the others to rounding, not to the bit.")
     every = distinct(str(run.config["evaluation"]["every"]) for run in runs)
     if len(every) > 1:
-        notes.append(f"evaluation.every is {', '.join(every)}; the last round is evaluated in every run.")
+        notes.append(f"evaluation.every is {', '.join(every)}; the last round is evaluated in every run. The spread over "
+                     "rounds and the rounds to a target are left out, since they depend on it.")  # fmt: skip
     for package in ("fedtail", "torch"):
         versions = distinct(str(run.environment.get("packages", {}).get(package)) for run in runs)
         if len(versions) > 1:
             notes.append(f"Made with different versions of {package}: {', '.join(versions)}.")
+    commits = distinct(str(run.environment["commit"]) for run in runs if run.environment.get("commit"))
+    if len(commits) > 1:
+        notes.append(f"Made with different commits of fedtail: {', '.join(c[:10] + c[40:] for c in commits)}.")
     return notes
 
 
@@ -376,7 +391,7 @@ def _verdict(comparison: Comparison, method: Method) -> str:
     """Returns who gains and who pays, by the signs on which the seeds agree."""
     signs: dict[str, int] = {}
     for name in ("head", "tail"):
-        found = {int(np.sign(d)) for d in comparison.paired(method, f"test.{name}")}
+        found = {int(np.sign(d)) for d in comparison.paired(method, f"test.{name}") if d is not None}
         if not found:
             return ""  # the rule makes no such group
         signs[name] = found.pop() if len(found) == 1 else 0

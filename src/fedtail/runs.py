@@ -6,11 +6,11 @@ partition.npz             who holds what: offsets [clients + 1], examples, count
 metrics.jsonl             one record a round; the same seed gives the same bytes
 timings.jsonl             seconds a round; not reproducible, therefore apart
 checkpoint.safetensors    the latest state; best.safetensors: by validation score
+initial.safetensors       the model that a run with `start` began with, so that it needs that other run no more
 .lock                     held by the process that runs it
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -24,132 +24,15 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
-from fedtail import config, trees
+from fedtail import config
+from fedtail.checkpoint import Snapshot, read_meta, save_checkpoint
 from fedtail.errors import CheckpointError
 from fedtail.files import append, write_atomic, write_error
 from fedtail.trees import Tree
-from fedtail.userfile import user_module
-
-FORMAT = 1
-
-
-class Snapshot(NamedTuple):
-    """What a checkpoint holds."""
-
-    server: Tree
-    clients: dict[int, Tree]
-    meta: dict[str, Any]  # rounds done, stage, bytes of metrics, the experiment's fingerprint, best score
-
-
-def describe(tree: Tree) -> Any:
-    """Returns a tree's structure as plain values: tensors as "*", NamedTuples with the name of their class."""
-    if isinstance(tree, Tensor):
-        return "*"
-    if isinstance(tree, dict):
-        return {"dict": {k: describe(v) for k, v in cast("dict[str, Tree]", tree).items()}}
-    kind = f"{_module_name(type(tree))}:{type(tree).__qualname__}" if hasattr(tree, "_fields") else "tuple"
-    return {kind: {name: describe(v) for name, v in trees.items(tree)}}
-
-
-def _module_name(cls: type) -> str:
-    """Returns a class's module; for the script that is run, the name under which a later process imports its file."""
-    main = getattr(sys.modules["__main__"], "__file__", None)
-    return user_module(Path(main)) if cls.__module__ == "__main__" and main else cls.__module__
-
-
-def rebuild(structure: Any, leaves: dict[str, Tensor], prefix: str) -> Tree:
-    """Returns the tree of a structure. Classes are looked up among modules already imported, never imported by name."""
-    if structure == "*":
-        return leaves[prefix]
-    [(kind, parts)] = structure.items()
-    children = {name: rebuild(part, leaves, f"{prefix}/{name}") for name, part in parts.items()}
-    if kind == "dict":
-        return children
-    if kind == "tuple":
-        return tuple(children.values())
-    module, _, name = kind.partition(":")
-    known = sys.modules.get(module, sys.modules["__main__"])  # the script that is run, or a module that is imported
-    cls: Any = getattr(known, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, tuple) and _module_name(cls) == module):
-        raise CheckpointError(f"the checkpoint holds a {kind}, which this experiment's algorithm does not define.")
-    if set(children) != set(cls._fields):  # type: ignore[attr-defined]
-        raise CheckpointError(
-            f"the checkpoint holds a {kind} with the fields {', '.join(children)}; now it has {', '.join(cls._fields)}. "  # type: ignore[attr-defined]
-            "Restore the algorithm's file as it was when the run began, or start the run anew in another folder."
-        )
-    return cls(**children)
-
-
-def save_checkpoint(path: Path, snapshot: Snapshot) -> None:
-    """Writes a checkpoint atomically; equal snapshots give equal bytes."""
-    ids = sorted(snapshot.clients)
-    clients = trees.stack([snapshot.clients[i] for i in ids]) if ids else ()
-    tensors = {**trees.named_leaves(snapshot.server, "server"), **trees.named_leaves(clients, "clients"),
-               "client_ids": torch.tensor(ids, dtype=torch.int64)}  # fmt: skip
-    meta = {"format": FORMAT, **snapshot.meta, "server": describe(snapshot.server), "clients": describe(clients)}
-    unshared = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    meta["sha256"] = _digest(meta, unshared)
-    # One entry only: safetensors writes several in an order that differs from process to process.
-    write_atomic(path, save(unshared, {"fedtail": json.dumps(meta)}))
-
-
-def _digest(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Returns the SHA-256 of all that a checkpoint says: safetensors itself would not notice a changed byte."""
-    digest = hashlib.sha256(json.dumps(meta).encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def load_checkpoint(path: Path, fingerprint: str | None = None, device: str = "cpu") -> Snapshot:
-    """Reads a checkpoint.
-
-    Args:
-        path: the file.
-        fingerprint: of the experiment that it must belong to; None: any.
-        device: where the tensors go.
-
-    Raises:
-        CheckpointError: missing, damaged, or of another experiment.
-    """
-    if not path.is_file():
-        best = 'Only runs with evaluation.keep = "best" have one, from their first evaluated round on.'
-        remedy = best if path.stem == "best" else "Start the run with `fedtail run`."
-        raise CheckpointError(f"there is no checkpoint {path}. {remedy}")
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            meta = json.loads(file.metadata()["fedtail"])
-            # A copy: in the file's own buffer tensors are not aligned, and torch then gives other last bits.
-            leaves = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if meta.pop("sha256", None) not in (None, _digest(meta, leaves)):
-            raise ValueError("its contents do not have the SHA-256 that was written with them")
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"the checkpoint {path} is damaged or not fedtail's ({error}). Restore it from a copy, or start the run anew "
-            "in another folder."
-        ) from error
-    if meta["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {meta['format']}, this fedtail reads {FORMAT}. Use a matching version."
-        )
-    if fingerprint is not None and meta["experiment"] != fingerprint:
-        raise CheckpointError(
-            f"the checkpoint {path} belongs to another experiment than {path.parent / 'config.toml'}: the configuration "
-            "was changed after the run began. Restore it, or start a new run with the changed one."
-        )
-    server = rebuild(meta["server"], leaves, "server")
-    stacked = rebuild(meta["clients"], leaves, "clients")
-    ids = cast("list[int]", leaves["client_ids"].tolist())
-    return Snapshot(server, {number: trees.row(stacked, row) for row, number in enumerate(ids)}, meta)
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:
@@ -174,8 +57,8 @@ def _processor() -> str:
 
 
 def create(folder: Path, experiment: config.Experiment, partition: dict[str, np.ndarray[Any, Any]],
-           snapshot: Snapshot) -> None:  # fmt: skip
-    """Makes a run folder, complete with the checkpoint of round 0, or leaves nothing.
+           snapshot: Snapshot, initial: Tree | None = None) -> None:  # fmt: skip
+    """Makes a run folder, complete with the checkpoint of round 0 and the initial model if given, or leaves nothing.
 
     Raises:
         CheckpointError: the folder exists already or cannot be written.
@@ -200,6 +83,8 @@ def create(folder: Path, experiment: config.Experiment, partition: dict[str, np.
             np.savez_compressed(file, **partition)  # type: ignore[arg-type]
         (scratch / "metrics.jsonl").touch()
         (scratch / "timings.jsonl").touch()
+        if initial is not None:
+            save_checkpoint(scratch / "initial.safetensors", Snapshot(initial, {}, snapshot.meta))
         save_checkpoint(scratch / "checkpoint.safetensors", snapshot)
         scratch.chmod(0o755)
         scratch.rename(folder)
@@ -302,11 +187,10 @@ def rounds_done(folder: Path) -> int:
     path = folder / "checkpoint.safetensors"
     try:
         if path.exists():
-            with safe_open(path, framework="pt") as file:
-                return json.loads(file.metadata()["fedtail"])["round"]
+            return read_meta(path)["round"]
         records = _lines(folder / "metrics.jsonl")
         return records[-1]["round"] + 1 if records else 0
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError):
+    except (CheckpointError, KeyError, TypeError, ValueError, OSError):
         return 0
 
 

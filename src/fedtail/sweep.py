@@ -9,6 +9,8 @@ import itertools
 import json
 import re
 import shlex
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +19,12 @@ from typing import Any, Literal
 from fedtail import config, runs
 from fedtail.config import Experiment
 from fedtail.errors import ConfigError, did_you_mean
-from fedtail.methods import ABSENT, differing, flatten, show, under
+from fedtail.files import write_error
+from fedtail.methods import ABSENT, differing, flatten, leaves, show, under
 
 State = Literal["done", "partial", "missing"]
+DEFAULT = config.merged(config.to_dict(Experiment()), {"engine": {"name": "loop"}})
+"""What no layer says; the engine is `loop`, since the runs share the cores."""
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 """What a row may be called: it becomes a part of a folder's name."""
 
@@ -47,6 +52,9 @@ class Layout:
                               f"{len(self.row)} rows and the seeds {list(self.seeds)}.")  # fmt: skip
         if self.jobs < 0:
             raise ConfigError(f"jobs must be >= 0, got {self.jobs}.")
+        keys = [key for key, _ in leaves(self.grid)]
+        if double := [key for key in keys if keys.count(key) > 1]:
+            raise ConfigError(f"grid: {double[0]!r} stands there twice, with dots and as a table. Remove one of them.")
         for key, values in flatten(self.grid).items():
             if not isinstance(values, list) or not values:
                 raise ConfigError(f"grid: {key!r} must be a list of values, got {values!r}.")
@@ -54,6 +62,10 @@ class Layout:
             if taken := {"seed", "start"}.intersection(table) - ({"start"} if place == "base" else set()):
                 raise ConfigError(f"{place}: {taken.pop()!r} has no place there. Seeds are listed in the top-level `seeds`; "
                                   "a row names the row that it starts from.")  # fmt: skip
+        try:
+            _laid({}, self.base)
+        except ConfigError as error:
+            raise ConfigError(f"base: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -103,9 +115,9 @@ class Sweep:
 
 
 def is_sweep(file: Path) -> bool:
-    """Says whether a file is a sweep: TOML with `row` at the top."""
+    """Says whether a file is a sweep: TOML with its keys at the top."""
     try:
-        return file.is_file() and "row" in config.read_toml(file)
+        return file.is_file() and bool(config.SWEEP & config.read_toml(file).keys())
     except ConfigError:
         return False
 
@@ -178,25 +190,23 @@ def _chosen(starts: Mapping[str, str], match: str) -> set[str]:
 
 def _runs(row: Mapping[str, Any], layout: Layout, output: Path) -> list[Run]:
     """Returns a row's runs, one a cell and seed."""
-    grid = flatten(layout.grid)
-    default = config.to_dict(Experiment())
-    default["engine"]["name"] = "loop"  # the runs share the cores
     table = {key: value for key, value in row.items() if key not in ("name", "start")}
     if "seed" in table:
         raise ConfigError(f"row {row['name']!r}: 'seed' has no place there. Seeds are listed in the top-level `seeds`.")
-    if isinstance(
-        table.get("algorithm"), Mapping
-    ):  # another algorithm keeps the common optimizer and loss, as with flags
-        common = {k: v for k, v in layout.base.get("algorithm", {}).items() if isinstance(v, Mapping)}
-        table["algorithm"] = config.merged(common, table["algorithm"])
+    grid = flatten(layout.grid)
     found: list[Run] = []
+    known: dict[str, dict[str, Any]] = {}  # the cells by the experiments that they make
     for values in itertools.product(*grid.values()):
-        cell = tuple((key, _text(key, value)) for key, value in zip(grid, values, strict=True))
+        choice = dict(zip(grid, values, strict=True))
+        cell = tuple((key, _text(key, value)) for key, value in choice.items())
         try:
-            laid = config.merged(config.merged(default, layout.base), table)
-            for key, value in zip(grid, values, strict=True):
-                laid = config.merged(laid, _nested(key, value))
-            experiment: Experiment = config.from_dict(Experiment, laid)
+            experiment = _experiment(layout.base, table, choice)
+            other = known.setdefault(config.fingerprint(experiment), choice)
+            if other is not choice:
+                same = ", ".join(_text(*item) for item in other.items())
+                keys = [key for key in choice if other[key] != choice[key]]
+                why = f"{' and '.join(keys)} makes no difference to this row" if keys else "their values are equal"
+                raise ConfigError(f"this is the same experiment as {same}: {why}. Take one of the two out of the grid.")
         except ConfigError as error:
             where = "".join(f", {text}" for _, text in cell)
             raise ConfigError(f"row {row['name']!r}{where}: {error}") from error
@@ -207,6 +217,32 @@ def _runs(row: Mapping[str, Any], layout: Layout, output: Path) -> list[Run]:
                 run = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, start=path.as_posix()))
             found.append(run)
     return found
+
+
+def _experiment(base: Mapping[str, Any], row: Mapping[str, Any], cell: Mapping[str, Any]) -> Experiment:
+    """Returns a row's experiment in a cell of the grid; of the cell, classes come first, since options belong to them."""
+
+    def late(key: str) -> tuple[bool, int]:
+        return not (key.endswith(".name") or isinstance(cell[key], Mapping)), key.removesuffix(".name").count(".")
+
+    laid = _laid(base, row)
+    for key in sorted(cell, key=late):
+        there = flatten(config.merged(DEFAULT, laid)).get(key)
+        if not key.endswith(".name") or there != cell[key]:  # the class that is there keeps its options, as with flags
+            laid = _laid(laid, _nested(key, cell[key]))
+    return config.from_dict(Experiment, config.merged(DEFAULT, laid))
+
+
+def _laid(below: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """Lays a table over another one; an algorithm that it picks keeps the optimizer and the loss of the one below."""
+    for key, value in table.items():
+        if isinstance(DEFAULT.get(key), Mapping) and not isinstance(value, Mapping):  # a layer above could hide it
+            raise ConfigError(f"{key} must be a table, got {value!r}.")
+    algorithm = table.get("algorithm", {})
+    if isinstance(algorithm.get("name"), str):
+        kept = config.shared(below.get("algorithm", {}), algorithm["name"])
+        table = {**table, "algorithm": config.merged(kept, algorithm)}
+    return config.merged(below, table)
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
@@ -224,16 +260,18 @@ def _text(key: str, value: Any) -> str:
 
 
 def state(run: Run) -> State:
-    """Says how far a run is.
+    """Says how far a run is; one that failed or was stopped in its first round is "missing".
 
     Raises:
         ConfigError: its folder holds something else; names the difference.
     """
-    if not run.folder.exists():
+    if not run.folder.exists() or _is_bare(run.folder):
         return "missing"
     if not (run.folder / "config.toml").is_file():
         raise ConfigError(f"{run.folder} exists and is not a run folder. Move it away, or choose another --output.")
     tables = [flatten(config.to_dict(e)) for e in (config.load(run.folder), run.experiment)]
+    if _same_folder(*(table["start"] for table in tables)):
+        tables[0]["start"] = tables[1]["start"]
     keys = [key for key in differing(tables) if not under(key, ["engine", "checkpoint_every"])]  # they change no number
     if keys:
         said = "; ".join(
@@ -243,6 +281,38 @@ def state(run: Run) -> State:
             f"{run.folder} holds another experiment: {said}. Restore the sweep's row, or choose another --output."
         )
     return "done" if runs.rounds_done(run.folder) >= run.experiment.rounds else "partial"
+
+
+def _same_folder(kept: str, now: str) -> bool:
+    """Says whether a kept path, relative to wherever that run was begun, can be the same folder as one of now."""
+    here = Path(now).resolve()
+    return bool(kept and now) and here in (Path(kept).resolve(), Path(*here.parts[: -len(Path(kept).parts)], kept))
+
+
+def _is_bare(folder: Path) -> bool:
+    """Says whether a run folder holds no result, not even of one round."""
+    records = folder / "metrics.jsonl"
+    begun = not (folder / "config.toml").is_file() or not records.is_file() or records.stat().st_size > 0
+    return not begun and not (folder / "best.safetensors").exists() and not runs.rounds_done(folder)
+
+
+def clear(run: Run) -> None:
+    """Removes what a run without a finished round left behind, so that it can begin anew; other folders stay.
+
+    Raises:
+        CheckpointError: another process works on it, or it cannot be removed.
+    """
+    if not run.folder.exists():
+        return
+    with runs.locked(run.folder):
+        if _is_bare(run.folder):
+            try:
+                # First out of the way: a process that is killed here leaves no half a folder.
+                scratch = Path(tempfile.mkdtemp(dir=run.output, prefix=f".{run.name}."))
+                run.folder.rename(scratch / run.name)
+                shutil.rmtree(scratch)
+            except OSError as error:
+                raise write_error(run.folder, error) from error
 
 
 def states(sweep: Sweep) -> dict[str, State]:

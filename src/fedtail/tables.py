@@ -117,8 +117,9 @@ CSV = ("table", "column", "method", "mean", "std", "n", "best", "difference", "l
 
 
 def to_csv(comparison: Comparison) -> str:
-    """Returns one line for each column of each method; numbers are shares in [0, 1], what there is not is empty.
+    """Returns one line for each column of each method; what there is not is empty.
 
+    Accuracies are shares in [0, 1], not percent; drift, cosine and rounds (table "course") are what their names say.
     `difference`, the ends `low` and `high` of its 95 % t-interval and the number of `pairs` are those to the first method.
     """
     file = io.StringIO()
@@ -137,7 +138,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """Returns the comparison as plain values; numbers are shares in [0, 1], not percent."""
+    """Returns the comparison as plain values, in the units of `to_csv`."""
     base = comparison.methods[0]
     columns = [column for section in comparison.sections for column in section.columns]
     best = {column.key: comparison.best(column) for column in columns}

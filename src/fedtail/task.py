@@ -54,6 +54,23 @@ class Draw(NamedTuple):
         return uniform if self.kind == "uniform" else (uniform < self.p).astype(np.float64)
 
 
+class Execution(NamedTuple):
+    """How a network's calls are computed; at the defaults nothing is changed.
+
+    Args:
+        autocast: bfloat16 where torch's autocast takes it; outputs are given back in the task's dtype.
+        channels_last: images and activations in that memory format.
+        compile: by torch.compile, at the first calls.
+    """
+
+    autocast: bool = False
+    channels_last: bool = False
+    compile: bool = False
+
+
+PLAIN = Execution()
+
+
 @dataclass(frozen=True)
 class Task:
     """A network, its initial variables and what an algorithm may know of it. Never run: workers run copies."""
@@ -70,6 +87,7 @@ class Task:
     batch_statistics: bool  # a layer (BatchNorm) computes statistics over the batch
     dtype: torch.dtype
     device: torch.device
+    execution: Execution = PLAIN
 
     def draws(self, batch_size: int) -> dict[str, Draw]:
         """Returns the masks of the Dropout layers as draws: 1 = keep."""
@@ -91,6 +109,7 @@ def build_task(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    execution: Execution = PLAIN,
 ) -> Task:
     """Makes a task; torch's global generator is seeded for the constructor alone and restored.
 
@@ -101,6 +120,7 @@ def build_task(
         seed: the experiment's seed.
         dtype: of parameters and inputs.
         device: where training happens.
+        execution: how the network's calls are computed.
 
     Raises:
         ConfigError: the network does not accept the inputs or does not return [batch, classes].
@@ -126,7 +146,7 @@ def build_task(
     )
     return Task(
         module, initial, num_classes, input_shape, find_classifier(module, num_classes),
-        tuple(tuple(g) for g in groups), dropout, statistics, dtype, torch.device(device),
+        tuple(tuple(g) for g in groups), dropout, statistics, dtype, torch.device(device), execution,
     )  # fmt: skip
 
 
@@ -174,6 +194,8 @@ class Worker:
         self._skeleton = copy.deepcopy(task.module)
         self._slots, self._masks = self._empty()
         self._training: bool | None = None
+        self._special = any(task.execution)
+        self._compiled: dict[str, Callable[[Tensor], Tensor]] = {}
         self._foreign: set[int] = set()  # storages that are not to be overwritten
 
     def protect(self, shared: Sequence[trees.Tree]) -> None:
@@ -229,8 +251,24 @@ class Worker:
             place[attribute] = (buffers if is_buffer else params)[name]
         for name, place in self._masks:
             place["mask"] = (draws or {}).get(name)
-        out = (self._skeleton if part == "forward" else getattr(self._skeleton, part))(x)
+        out = self._run(x, part) if self._special else self._function(part)(x)
         return out, Variables(params, buffers)
+
+    def _function(self, part: str) -> Callable[[Tensor], Tensor]:
+        return self._skeleton if part == "forward" else getattr(self._skeleton, part)
+
+    def _run(self, x: Tensor, part: str) -> Tensor:
+        """Runs the network in the ways that `Execution` offers."""
+        execution = self.task.execution
+        if execution.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        function = self._function(part)
+        if execution.compile:
+            if part not in self._compiled:
+                self._compiled[part] = torch.compile(function)
+            function = self._compiled[part]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=execution.autocast):
+            return function(x).to(self.dtype)
 
     def value_and_grad(
         self, function: Callable[[Params], tuple[Tensor, Any]], params: Params

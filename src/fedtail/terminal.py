@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtail import config, trees
+from fedtail.data.members import Members
 from fedtail.experiment import Federation, RoundResult
 
 
@@ -36,10 +37,11 @@ def print_cost(federation: Federation) -> None:
     """Prints what a run will do, before it does it."""
     experiment, data = federation.experiment, federation.data
     work = experiment.local
-    steps = sum(len(work.lengths(len(data.owners[i]))) for i in federation.holders)
+    sizes = Members.of(data.owners).sizes
+    steps = int(work.count(sizes).sum())
     share = federation.cohort_size / len(federation.holders)
     size = trees.num_bytes(federation.task.initial)
-    print(f"{data.sources[0].partition(' (')[0]}: {sum(map(len, data.owners)):,} training examples on {data.clients} clients, "
+    print(f"{data.sources[0].partition(' (')[0]}: {sizes.sum():,} training examples on {data.clients} clients, "
           f"{federation.cohort_size} a round; {experiment.rounds} rounds of about {steps * share:,.0f} local steps; "
           f"model of {size / 1e6:.2f} MB; engine {experiment.engine.name} ({federation.reason})")  # fmt: skip
 

@@ -14,7 +14,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self
 
 from fedtail import config
 from fedtail.config import Experiment
@@ -22,6 +22,8 @@ from fedtail.errors import ConfigError, did_you_mean
 from fedtail.experiment import RoundResult
 from fedtail.files import write_atomic
 from fedtail.methods import flatten
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -52,8 +54,15 @@ class Tracker(ABC):
         """Takes the numbers of a round."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Writes what is still waiting."""
+    def close(self, status: Status) -> None:
+        """Writes what is still waiting and how the run ended."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes it: FAILED by an exception, KILLED where the run was interrupted or its iterator closed early."""
+        self.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
 
 
 def _extra(module: str) -> Any:
@@ -79,7 +88,7 @@ class TensorBoard(Tracker):
         for name, value in values.items():
             self._writer.add_scalar(name.replace(".", "/"), value, step=step)
 
-    def close(self) -> None:
+    def close(self, status: Status) -> None:
         """Flushes the event file."""
         self._writer.close()
 
@@ -109,9 +118,9 @@ class MLflow(Tracker):
         for name, value in values.items():
             self._client.log_metric(self._run, name, value, step=step)
 
-    def close(self) -> None:
-        """Marks the run as finished."""
-        self._client.set_terminated(self._run)
+    def close(self, status: Status) -> None:
+        """Marks the run as ended."""
+        self._client.set_terminated(self._run, status)
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
@@ -143,13 +152,15 @@ def track(
         ConfigError: see `check`.
     """
     check(names)
-    return _tracked(rounds, [TRACKERS[name](experiment, folder) for name in dict.fromkeys(names)])
+    with contextlib.ExitStack() as stack:  # where one cannot be opened, those that are open are closed
+        trackers = [stack.enter_context(TRACKERS[name](experiment, folder)) for name in dict.fromkeys(names)]
+        return _tracked(rounds, trackers, stack.pop_all())
 
 
-def _tracked(rounds: Iterator[RoundResult], trackers: Sequence[Tracker]) -> Iterator[RoundResult]:
-    with contextlib.ExitStack() as stack:
-        for tracker in trackers:
-            stack.callback(tracker.close)
+def _tracked(
+    rounds: Iterator[RoundResult], trackers: Sequence[Tracker], stack: contextlib.ExitStack
+) -> Iterator[RoundResult]:
+    with stack:
         for result in rounds:
             for tracker in trackers:
                 tracker.log(result.index, scalars(result.record))

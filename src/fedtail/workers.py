@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 from fedtail import config, report, sweep, tables, terminal
 from fedtail.engines import EngineOptions
-from fedtail.errors import ConfigError
+from fedtail.errors import FedtailError
 from fedtail.files import write_atomic, write_error
 from fedtail.sweep import Run, State, Sweep
 
@@ -77,23 +77,23 @@ def main(file: Path, *, seeds: Sequence[int] = (), jobs: int | None = None, outp
     try:
         pool.work()
     except KeyboardInterrupt:
-        print(
-            f"\nstopped: {len(pool.done)} of {len(plan.runs)} runs are done. The same command continues.",
-            file=sys.stderr,
-        )
+        done = f"{len(pool.done)} of {len(plan.runs)} runs are done"
+        print(f"\nstopped: {done}. The same command continues.", file=sys.stderr)
+        _print_failures(pool)
         raise SystemExit(130) from None
     _print_tables(plan, pool.done)
     if pool.failed:
-        print(f"\n{len(pool.failed)} of {len(plan.runs)} runs failed:", file=sys.stderr)
-        for failure in pool.failed.values():
-            print(f"  {failure.name}: {failure.reason}", file=sys.stderr)
+        _print_failures(pool)
         raise SystemExit(1)
 
 
 def _obtain(todo: Sequence[Run]) -> None:
     """Gets the known data sets once, before several processes want them at the same time."""
-    from fedtail.data import catalog, fetch
+    from fedtail.data import catalog, fetch, hub
 
+    for name in dict.fromkeys(run.experiment.data.name for run in todo):
+        if name.startswith(hub.PREFIX):
+            hub.require(name)
     names = dict.fromkeys(run.experiment.data.name for run in todo if not run.experiment.data.folder)
     for name in names:
         if name in catalog.REGISTRY:
@@ -108,9 +108,16 @@ def _print_tables(plan: Sweep, done: set[str]) -> None:
         try:
             comparison = report.compare([run.folder for run in members], sweep.allowed(members))
             print(tables.to_text(comparison))
-        except ConfigError as error:  # the rows differ in more than a table should hide; the runs are done all the same
+        except FedtailError as error:  # rows too different for a table, a damaged run; the others stand all the same
             print(f"no table: {error}", file=sys.stderr)
         print(f"\n{sweep.command(members)}")
+
+
+def _print_failures(pool: "_Pool") -> None:
+    if pool.failed:
+        print(f"\n{len(pool.failed)} of {len(pool.plan.runs)} runs failed:", file=sys.stderr)
+    for failure in pool.failed.values():
+        print(f"  {failure.name}: {failure.reason}", file=sys.stderr)
 
 
 class _Pool:
@@ -190,7 +197,9 @@ class _Pool:
             self.todo.remove(run)
             try:
                 state = sweep.state(run)
-            except ConfigError as error:  # another sweep was there since we looked
+                if state == "missing":
+                    sweep.clear(run)
+            except FedtailError as error:  # another process was there since we looked
                 self._fail(run.name, str(error))
                 return [f"{run.name}: FAILED: {error}"]
             if state == "done":
@@ -253,9 +262,9 @@ def clock(folder: Path) -> Clock:
     """Reads a run's timings; a run that has none gets zeros."""
     try:
         text = (folder / "timings.jsonl").read_text()
-    except OSError:
+        known: list[dict[str, Any]] = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
+    except (OSError, ValueError):  # a damaged file costs no more than the estimate
         return Clock(0, 0.0, 0)
-    known: list[dict[str, Any]] = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
     return Clock(known[-1]["round"] + 1 if known else 0, sum(line["seconds"] for line in known), len(known))
 
 

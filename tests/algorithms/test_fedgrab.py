@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from oracles import toy
 from torch.nn import functional as F
 
-from fedtail import SGD, Batch, EngineOptions, Experiment, FedAvg, FedGraB, LocalWork, runs, trees
+from fedtail import SGD, Batch, EngineOptions, Experiment, FedAvg, FedGraB, LocalWork, trees
 from fedtail.algorithms.fedgrab import Controller, Gate, Message, Server, amp, analyse, counted_bypass, gate
+from fedtail.checkpoint import load_checkpoint, save_checkpoint
 from fedtail.config import Evaluation
 from fedtail.data.federated import FederatedData
 from fedtail.engines.base import Sink
@@ -252,10 +253,10 @@ def test_6_evaluation_leaves_the_state_alone_and_a_saved_state_continues_bit_for
         before = trees.clone((running.server, {str(i): s for i, s in running.states.items()}))
         assert running.score() == running.score()
         assert trees.equal((running.server, {str(i): s for i, s in running.states.items()}), before)
-        runs.save_checkpoint(tmp_path / "c.safetensors", running.snapshot(0))
+        save_checkpoint(tmp_path / "c.safetensors", running.snapshot(0))
         running.step()
         with contextlib.closing(federation(FedGraB(optimizer=SGD(lr=0.1), warm=1))) as other:
-            other.restore(runs.load_checkpoint(tmp_path / "c.safetensors"))
+            other.restore(load_checkpoint(tmp_path / "c.safetensors"))
             other.step()
             assert trees.equal(other.server, running.server)
             assert all(trees.equal(s, running.states[i]) for i, s in other.states.items())

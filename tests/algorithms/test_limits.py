@@ -16,7 +16,7 @@ from fedtail.algorithms.feddyn import FedDyn
 from fedtail.data.federated import FederatedData
 from fedtail.experiment import Federation
 from fedtail.local import delta
-from fedtail.models.specs import MLP, UserModel
+from fedtail.models.specs import MLP
 from fedtail.task import Variables
 
 PLAIN = SGD(lr=0.1, momentum=0.0)
@@ -200,7 +200,7 @@ class Constants(FedAvg):
 @pytest.mark.parametrize("sizes", [(1, 3), (3, 1)])
 def test_two_clients_of_one_and_three_examples_with_zero_and_four_give_three(sizes, engine):
     """Protocol 7.1 item 7: (1 * 0 + 3 * 4) / 4, BatchNorm statistics and integer buffers included, in either order."""
-    model = UserModel(target=f"{contract_problem.FILE}:ConvNet")
+    model = PROBLEMS["batchnorm"].model
     data = federated(sizes, images=True)
     server = rounds(Constants(), data, LocalWork(epochs=1, batch_size=4), 1, model=model, engine=engine)[1][0]
     for name, value in trees.named_leaves(server).items():

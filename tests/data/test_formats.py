@@ -408,6 +408,24 @@ def test_corrupt_image_is_named(tmp_path, keep):
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(("mode", "name"), [("I;16", "2.png"), ("F", "2.tiff")])
+def test_images_of_more_than_8_bits_are_refused(tmp_path, monkeypatch, mode, name):
+    monkeypatch.setattr(formats, "IMAGE_SUFFIXES", (".png", ".tiff"))
+    picture(tmp_path / "train/a/1.png", 0)
+    picture(tmp_path / "test/a/1.png", 0)
+    deep = picture(tmp_path / "train/a" / name, 40_000, mode)
+    with pytest.raises(DataError, match=r"expected 8 bits a channel\. Convert it to 8 bits") as error:
+        formats.read_image_folder(tmp_path)
+    assert f"{deep}: got an image of mode {mode}," in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "F"])
+def test_every_mode_of_more_than_8_bits_is_known(mode):
+    with pytest.raises(DataError, match=f"^here: got an image of mode {mode},"):
+        formats._eight_bit(mode, "here")
+    assert [formats._eight_bit(m, "") for m in ("1", "L", "P", "RGBA")] == ["1", "L", "P", "RGBA"]
+
+
 def test_image_folder_without_test_images_or_with_an_unknown_class(tmp_path):
     picture(tmp_path / "train/a/1.png", 0)
     with pytest.raises(DataError, match=r"expected images as test/<class>/NAME\.png .*; found train"):

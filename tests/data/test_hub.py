@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedtail.config import Data
+from fedtail.config import Data, Experiment
 from fedtail.data import catalog
 from fedtail.data.longtail import NoTail
 from fedtail.data.partition import Natural
 from fedtail.errors import ConfigError, DataError
+from fedtail.experiment import Federation
 from fedtail.federation import federate
 
 
@@ -138,6 +139,14 @@ def test_colour_images_make_all_of_them_colour(serve):
     assert found.test.x[0, :, 0, 0].tolist() == [7, 8, 9]
 
 
+def test_images_of_more_than_8_bits_are_refused(serve):
+    serve(train=_split([0, 1], images=[_image(9), _image(40_000, mode="I;16")]), test=_split([0]))
+    with pytest.raises(
+        DataError, match=r"a/b: train: column 'picture', row 1: got an image of mode I;16, expected 8 bits"
+    ):
+        catalog.load("hf:a/b")
+
+
 def test_images_are_resized_where_a_size_is_given(serve):
     serve(train=_split([0, 1, 2], images=[_image(9), _image(4, (8, 8)), _image(5)]), test=_split([0]))
     assert catalog.load("hf:a/b", size=6).train.x.shape == (3, 1, 6, 6)
@@ -164,6 +173,8 @@ def test_a_missing_package_is_one_line_with_its_remedy(monkeypatch):
     assert "\n" not in message
     assert message.startswith("data.name 'hf:flwrlabs/femnist?user=writer_id'")
     assert message.endswith('Run pip install "fedtail[data]".')
+    with pytest.raises(DataError, match=r"hf:a/b.*pip install"):  # when an experiment is built: nothing was trained
+        Federation(Experiment(data=Data(name="hf:a/b")))
 
 
 def test_what_the_hub_says_is_passed_on(serve, monkeypatch):

@@ -1,6 +1,7 @@
 """Large sets: lists of image files, decoded when they are used. The files are made here, in the official formats."""
 
 import csv
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,30 @@ def test_images_of_inaturalist_may_lie_in_one_folder(inaturalist):
     for file in list(inaturalist.rglob("*.jpg")):
         file.rename(inaturalist / file.name)
     assert len(catalog.load("inaturalist_user", inaturalist).train) == len(TRAIN)
+
+
+def test_symbolic_links_are_followed_once(inaturalist, tmp_path, monkeypatch):
+    """Also a link to a folder above, and two to the same folder side by side."""
+    elsewhere, other = tmp_path / "elsewhere", tmp_path / "other"
+    elsewhere.mkdir()
+    other.mkdir()
+    for file in list(inaturalist.rglob("*.jpg")):
+        file.rename(elsewhere / file.name)
+    (inaturalist / "link").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(inaturalist)
+    for name in ("one", "two"):
+        (inaturalist / name).symlink_to(other)
+    entered, plain = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (entered.append(os.path.realpath(path)), plain(path))[1])
+    assert len(catalog.load("inaturalist_user", inaturalist).train) == len(TRAIN)
+    assert len(entered) == len(set(entered))
+    assert {str(elsewhere), str(other)} <= set(entered)
+
+
+def test_an_image_of_more_than_8_bits_is_refused(tmp_path):
+    Image.new("I;16", (4, 4), 40_000).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match=r"deep\.png: got an image of mode I;16, expected 8 bits a channel"):
+        ImageFiles(tmp_path, np.array(["deep.png"]), 4).decode("deep.png")
 
 
 def test_users_may_have_names(inaturalist):

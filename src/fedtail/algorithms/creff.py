@@ -5,17 +5,14 @@ Federated Features", IJCAI 2022 (arXiv 2204.13399).
 
 w is FedAvg's model, V, b the re-trained classifier, h the features of w in evaluation mode, p = softmax(V h + b). A round:
     client   G_kc = (1/n_kc) sum_{y_i = c} (p_i - e_c) (h_i, 1)^T   for each class c that it holds     (e_c: unit vector)
-    server   G_c = mean of G_kc over the clients that hold c
-             F_cj, j = 1 .. m: learnable features, kept from round to round;   S_c = (1/m) sum_j (p_cj - e_c) (F_cj, 1)^T
-             `match_steps` gradient steps of F on   sum_c sum_r (1 - cos(S_c[r], G_c[r])),   classes c with a holder;
-             r runs over the rows of V and, as one more row, b
-             V, b <- a new linear layer after `retrain_steps` gradient steps on all (F_cj, c)
-    then     FedAvg's round for w with its own head; V, b on the features of the new w is what is judged
+    server   G_c = mean of G_kc over its holders;   S_c = (1/m) sum_j (p_cj - e_c) (F_cj, 1)^T,   F_cj: m learnable features
+             F, kept over rounds, takes `match_steps` steps on sum_{c held} sum_r (1 - cos(S_c[r], G_c[r])), r: rows of V, and b
+             V, b <- a new linear layer after `retrain_steps` steps on all (F_cj, c);   then FedAvg's round for w, its own head
 
 Differences from the authors' code: G_kc is over all examples of a class in one pass (theirs: the mean of 10 draws of up to
-32 images), un-augmented as V is judged; a retraining step uses all features, 300 at .3 (theirs: 300 epochs of batches of 32
-at .01, for 10 classes the same sum of rates at 30 times the cost); the new layer has the same random values in each round.
-As theirs: 1e-6 in the cosine's denominator; a class without a holder keeps its features, and the layer is trained on them.
+32 images, randomly augmented), un-augmented as V is judged; retraining steps are on all features (see `retrain_lr`); the new
+layer has the same random values in each round (theirs: new ones). As theirs: 1e-6 in the cosine's denominator; a class
+without a holder keeps its features, and the layer is trained on them: in the first rounds these are noise.
 """
 
 from collections.abc import Sequence
@@ -52,25 +49,17 @@ class Gradients(NamedTuple):
     held: Tensor  # (classes,) 1 for classes that it holds
 
 
-def with_one(h: Tensor) -> Tensor:
-    """Returns features [..., d + 1] with the bias's constant 1."""
-    return F.pad(h, (0, 1), value=1.0)
-
-
 def synthetic_gradients(h: Tensor, z: Tensor) -> Tensor:
     """Returns S [classes, classes, d + 1] of each class's features [classes, m, d] with logits [classes, m, classes]."""
     error = torch.softmax(z, -1) - torch.eye(len(h), dtype=h.dtype, device=h.device)[:, None]
-    return torch.einsum("cmr,cmd->crd", error, with_one(h)) / h.shape[1]
+    return torch.einsum("cmr,cmd->crd", error, F.pad(h, (0, 1), value=1.0)) / h.shape[1]
 
 
 def distance(synthetic: Tensor, real: Tensor) -> Tensor:
     """Returns sum_r (1 - cos(S_c[r], G_c[r])), (classes,), of two [classes, classes, d + 1]."""
-
-    def unlike(s: Tensor, g: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(s, dim=-1) * torch.linalg.vector_norm(g, dim=-1)
-        return 1 - (s * g).sum(-1) / (norms + 1e-6)
-
-    return unlike(synthetic[..., :-1], real[..., :-1]).sum(-1) + unlike(synthetic[..., -1], real[..., -1])
+    pairs = [(synthetic[..., :-1], real[..., :-1]), (synthetic[..., -1:].mT, real[..., -1:].mT)]  # of V; b, a row
+    norms = [torch.linalg.vector_norm(s, dim=-1) * torch.linalg.vector_norm(g, dim=-1) + 1e-6 for s, g in pairs]
+    return torch.cat([1 - (s * g).sum(-1) / n for (s, g), n in zip(pairs, norms, strict=True)], -1).sum(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +75,9 @@ class CReFF(Algorithm):
     match_steps: int = 100
     """Steps of the features in a round, >= 1; 100 in the authors' code."""
     retrain_lr: float = 0.3
-    """Learning rate of the classifier, > 0; .01 in the authors' code, which takes 30 times as many steps."""
+    """Learning rate of the classifier, > 0; .01 in the authors' code, for 10 classes the same sum of rates."""
     retrain_steps: int = 300
-    """Steps of the classifier in a round, each on all features, >= 1; the authors' code has 300 epochs of batches of 32."""
+    """Steps of the classifier in a round, >= 1; the authors' 300 epochs of batches of 32 cost 30 times as much."""
 
     def __post_init__(self) -> None:
         for name in ("features_per_class", "match_lr", "match_steps", "retrain_lr", "retrain_steps"):
@@ -118,8 +107,8 @@ class CReFF(Algorithm):
         """Starts from the broadcast model, or from empty sums [classes, classes, d + 1]."""
         if ctx.round.phase.local:
             return start(self.optimizer, message.model)
-        row = with_one(torch.zeros_like(message.head[f"{ctx.task.classifier}.weight"]))
-        return torch.zeros_like(row).repeat(ctx.task.num_classes, 1, 1)
+        weight = message.head[f"{ctx.task.classifier}.weight"]
+        return weight.new_zeros(len(weight), len(weight), weight.shape[1] + 1)
 
     def local_step(self, ctx: Context, message: Server, client: Tree, local: Any, batch: Batch) -> tuple[Any, Metrics]:
         """One SGD step, or a batch's part of the sums."""
@@ -129,7 +118,7 @@ class CReFF(Algorithm):
         y = one_hot(batch.y, ctx.task.num_classes, h.dtype)
         error = torch.softmax(logits(ctx.task, message.head, h), -1) - y
         y = y if batch.mask is None else y * batch.mask[:, None]
-        return local + torch.einsum("bc,br,bd->crd", y, error, with_one(h)), {}
+        return local + torch.einsum("bc,br,bd->crd", y, error, F.pad(h, (0, 1), value=1.0)), {}  # (h, 1)
 
     def local_final(self, ctx: Context, message: Server, client: Tree, local: Any) -> tuple[Tree, Tree]:
         """Sends the change, or the mean gradients of the classes that it holds."""
@@ -149,13 +138,11 @@ class CReFF(Algorithm):
         held = (mean.held > 0).to(mean.held.dtype)
         real = mean.rows / torch.where(mean.held > 0, mean.held, 1.0)[:, None, None]  # the mean over holders
 
-        def mismatch(params: Params) -> Tensor:
-            z = logits(ctx.task, server.head, params["h"])
-            return (distance(synthetic_gradients(params["h"], z), real) * held).sum()
+        def mismatch(p: Params) -> Tensor:
+            return (distance(synthetic_gradients(p["h"], logits(ctx.task, server.head, p["h"])), real) * held).sum()
 
         h = minimise(ctx.task, mismatch, {"h": server.features}, self.match_lr, self.match_steps)["h"]
-        every = torch.ones_like(held)
-        head = fit_head(ctx.task, ctx.constants, h, every, self.retrain_lr, self.retrain_steps)
+        head = fit_head(ctx.task, ctx.constants, h, torch.ones_like(held), self.retrain_lr, self.retrain_steps)
         return server._replace(head=head, features=h)
 
     def variables(self, ctx: Context, message: Server, client: Any) -> Variables:

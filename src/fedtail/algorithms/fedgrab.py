@@ -67,7 +67,7 @@ class Gate(NamedTuple):
     """Which classes SGB leaves alone; each (classes,)."""
 
     bypass: Tensor  # q, probability for a batch
-    closed: Tensor  # bool: state held at zero, factors 1
+    closed: Tensor  # bool: the state starts at zero and stays there, factors 1
 
 
 def amp(x: Tensor, top: float, slope: float) -> Tensor:
@@ -138,9 +138,8 @@ class FedGraB(Algorithm):
 
     def __post_init__(self) -> None:
         if not (self.top > 1 and self.slope > 0 and self.limit >= 0):
-            raise ConfigError(
-                f"FedGraB needs top > 1, slope > 0, limit >= 0; got {self.top}, {self.slope}, {self.limit}."
-            )
+            raise ConfigError("FedGraB needs top > 1, slope > 0, limit >= 0; got "
+                              f"{self.top}, {self.slope}, {self.limit}.")  # fmt: skip
         if not (0 < self.gate_base <= 1 and self.warm >= 0 and self.freeze_prior >= 0):
             raise ConfigError("FedGraB needs gate_base in (0, 1], warm >= 0 and freeze_prior >= 0; "
                               f"got {self.gate_base}, {self.warm}, {self.freeze_prior}.")  # fmt: skip
@@ -209,7 +208,6 @@ class FedGraB(Algorithm):
         gained, lost = batch.sum(y * size), batch.sum((1 - y) * size)
         open_now = (~left_alone).to(z.dtype)
         new = state._replace(positive=state.positive + open_now * gained, negative=state.negative + open_now * lost)
-        new = Controller(*(torch.where(allowed.closed, 0.0, value) for value in new))
         metrics = {"unweighted_loss": batch.mean(per_entry.detach().sum(-1)),
                    "positive_gradient": gained, "negative_gradient": lost}  # fmt: skip
         return batch.mean((scale * per_entry).sum(-1)), new, metrics

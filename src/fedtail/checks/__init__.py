@@ -20,11 +20,12 @@ from fedtail.errors import ConfigError
 
 # In the order in which faults explain one another.
 RULES: tuple[Rule, ...] = (
-    returns.configuration, returns.runs, returns.summable,
+    returns.configuration, returns.runs, returns.summable, returns.finite,
     pure.no_global_randomness, pure.state_in_values, pure.inputs_unmodified, pure.deterministic, pure.cohort_order,
     agree.three_rounds, agree.same_seed, agree.other_seed, agree.parallel, agree.donated, agree.vmap, agree.chunk,
     agree.stable, agree.resume,
-    copes.moves, copes.batchnorm, copes.dropout, copes.one_client, copes.one_example, copes.predict,
+    copes.moves, copes.schedule, copes.batchnorm, copes.dropout, copes.one_client, copes.one_example,
+    copes.predict, copes.each_alone,
 )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fedtail import runs
 from fedtail.algorithm import Algorithm
+from fedtail.checkpoint import Snapshot, load_checkpoint, save_checkpoint
 from fedtail.checks.problems import (
     LOOP,
     PARALLEL,
@@ -18,10 +18,11 @@ from fedtail.checks.problems import (
     difference,
     follow,
     form,
+    not_finite,
     other_form,
     runs_differ,
 )
-from fedtail.checks.rule import IMPURE, Broken, rule
+from fedtail.checks.rule import GUARD, IMPURE, Broken, rule
 from fedtail.engines import EngineOptions
 from fedtail.trees import Tree
 
@@ -29,7 +30,7 @@ ROUNDING = 1e-10  # between engines that add in another order, in float64
 
 
 def _rerun(subject: Subject, seed: int, algorithm: Algorithm | None = None) -> Outcome:
-    with contextlib.closing(subject.federation("unequal", seed=seed, algorithm=algorithm)) as running:
+    with contextlib.closing(subject.federation("ragged", seed=seed, algorithm=algorithm)) as running:
         return follow(running)
 
 
@@ -40,7 +41,9 @@ def _rerun(subject: Subject, seed: int, algorithm: Algorithm | None = None) -> O
     gate=True,
 )
 def three_rounds(subject: Subject) -> None:
-    subject.outcome("unequal")
+    for index, metrics in enumerate(subject.outcome("ragged").metrics):
+        if bad := not_finite(metrics):
+            raise Broken(f"{bad} of round {index} is not finite.", GUARD)
 
 
 @rule(
@@ -51,7 +54,7 @@ def three_rounds(subject: Subject) -> None:
 )
 def same_seed(subject: Subject) -> None:
     for algorithm in (subject.algorithm, subject.fresh()):
-        if found := runs_differ(subject.outcome("unequal"), _rerun(subject, 0, algorithm)):
+        if found := runs_differ(subject.outcome("ragged"), _rerun(subject, 0, algorithm)):
             raise Broken(f"the same experiment, run twice: {found}.")
 
 
@@ -63,7 +66,7 @@ def same_seed(subject: Subject) -> None:
 )
 def other_seed(subject: Subject) -> None:
     other = _rerun(subject, seed=1)
-    if not difference(subject.outcome("unequal").servers[-1], other.servers[-1]):
+    if not difference(subject.outcome("ragged").servers[-1], other.servers[-1]):
         raise Broken("seeds 0 and 1 end in the same server state, bit for bit.")
 
 
@@ -79,7 +82,7 @@ def agree(subject: Subject, problem: str, engine: EngineOptions, tolerance: floa
     cause="kept",
 )
 def parallel(subject: Subject) -> None:
-    agree(subject, "unequal", PARALLEL)
+    agree(subject, "ragged", PARALLEL)
 
 
 @rule(
@@ -89,7 +92,7 @@ def parallel(subject: Subject) -> None:
     cause="in place",
 )
 def donated(subject: Subject) -> None:
-    agree(subject, "unequal", dataclasses.replace(LOOP, donate=False))
+    agree(subject, "ragged", dataclasses.replace(LOOP, donate=False))
 
 
 @rule(
@@ -101,7 +104,7 @@ def donated(subject: Subject) -> None:
     cause="read",
 )
 def vmap(subject: Subject) -> None:
-    agree(subject, "unequal", VMAP, ROUNDING)
+    agree(subject, "ragged", VMAP, ROUNDING)
 
 
 @rule(
@@ -112,7 +115,7 @@ def vmap(subject: Subject) -> None:
 )
 def chunk(subject: Subject) -> None:
     for chunk in (1, 2):
-        agree(subject, "unequal", dataclasses.replace(VMAP, chunk=chunk), ROUNDING)
+        agree(subject, "ragged", dataclasses.replace(VMAP, chunk=chunk), ROUNDING)
 
 
 @rule(
@@ -122,7 +125,7 @@ def chunk(subject: Subject) -> None:
     "changes with a stage belongs into `advance` and `stage_task`.",
 )
 def stable(subject: Subject) -> None:
-    outcome = subject.outcome("unequal")
+    outcome = subject.outcome("ragged")
     seen: dict[str, Tree] = {}
     for index, (server, states, stage) in enumerate(zip(outcome.servers, outcome.states, outcome.stages, strict=True)):
         for what, key, tree in [
@@ -145,13 +148,13 @@ def stable(subject: Subject) -> None:
     cause="kept",
 )
 def resume(subject: Subject) -> None:
-    with contextlib.closing(subject.warm("unequal")) as running, tempfile.TemporaryDirectory() as folder:
+    with contextlib.closing(subject.warm("ragged")) as running, tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.safetensors"
         meta = {"round": 1, "stage": running.stage, "best": -1.0, "metrics_bytes": 0, "experiment": "check"}
-        runs.save_checkpoint(path, runs.Snapshot(running.server, running.states, meta))
-        snapshot = runs.load_checkpoint(path, "check")
-    whole = subject.outcome("unequal")
-    with contextlib.closing(subject.federation("unequal", algorithm=subject.fresh())) as running:
+        save_checkpoint(path, Snapshot(running.server, running.states, meta))
+        snapshot = load_checkpoint(path, "check")
+    whole = subject.outcome("ragged")
+    with contextlib.closing(subject.federation("ragged", algorithm=subject.fresh())) as running:
         running.restore(snapshot)
         rest = follow(running)
     late = whole._replace(servers=whole.servers[1:], states=whole.states[1:], metrics=whole.metrics[1:])

@@ -1,6 +1,8 @@
-"""What a method must do and cope with: train everything, BatchNorm, Dropout, one client, one example."""
+"""What a method must do and cope with: train everything, the schedule, BatchNorm, Dropout, one client, one example."""
 
 import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,8 +11,14 @@ from torch import Tensor
 from fedtail import trees
 from fedtail.algorithm import Client
 from fedtail.checks.agree import ROUNDING, agree
-from fedtail.checks.problems import CLASSES, PARALLEL, VMAP, Subject
+from fedtail.checks.problems import CLASSES, CONSTANT, PARALLEL, VMAP, Subject, difference
+from fedtail.checks.returns import play
 from fedtail.checks.rule import Broken, rule
+from fedtail.experiment import Federation
+from fedtail.optim import Params
+from fedtail.schedule import Cosine, Schedule
+from fedtail.task import Worker
+from fedtail.trees import Tree
 
 
 @rule(
@@ -20,7 +28,7 @@ from fedtail.checks.rule import Broken, rule
     "(`descend`). Frozen on purpose: fedtail check ... --frozen NAME, which then requires that it stays.",
 )
 def moves(subject: Subject) -> None:
-    _moved(subject, "unequal")
+    _moved(subject, "ragged")
 
 
 def _moved(subject: Subject, problem: str) -> None:
@@ -45,6 +53,42 @@ BUFFERS = (
     "Return the variables that ctx.task.apply gives back from the objective (they hold the new batch statistics), and let "
     "update and server_update carry `buffers` beside `params`, as `delta` and `descend` do."
 )
+
+
+@rule(
+    "learning-rate schedule",
+    "A schedule is an option of every experiment; a method that is deaf to it is compared at another learning rate.",
+    "Step with sgd_step; or give ctx.round.lr_scale to ctx.task.update as its last argument, and multiply a learning rate "
+    "of your own by it.",
+)
+def schedule(subject: Subject) -> None:
+    trains, whole = _scheduled(subject, CONSTANT)
+    if trains and not difference(whole, _scheduled(subject, Cosine(warmup=1))[1]):
+        raise Broken("a first round with half the learning rate (ctx.round.lr_scale is 0.5) ends like one with the whole, "
+                     "bit for bit, on every client and on the server.")  # fmt: skip
+
+
+class _Watched(Worker):
+    """Remembers whether a gradient was taken."""
+
+    took_gradient = False
+
+    def value_and_grad(
+        self, function: Callable[[Params], tuple[Tensor, Any]], params: Params
+    ) -> tuple[Tensor, Any, Params]:
+        self.took_gradient = True
+        return super().value_and_grad(function, params)
+
+
+def _scheduled(subject: Subject, schedule: Schedule) -> tuple[bool, Tree]:
+    """Returns whether clients take gradients in the first round, and what they and the server end with."""
+    ends: dict[str, Tree] = {}
+    with contextlib.closing(subject.federation("ragged", schedule=schedule)) as running:
+        worker = _Watched(running.engine.setting.task, "eager", donate=False)
+        running.worker = worker
+        for cohort, answers in play(running):
+            ends |= {f"client {one.client} in {cohort.ctx.round.phase.name!r}": one.local for one in answers}
+        return worker.took_gradient, {**ends, "server": running.server}
 
 
 def _copes(subject: Subject, problem: str) -> None:
@@ -96,23 +140,48 @@ def one_example(subject: Subject) -> None:
     "Return ctx.task.apply(..., x, train=False)[0] for a batch x, without argmax or softmax over the batch.",
 )
 def predict(subject: Subject) -> None:
-    with contextlib.closing(subject.warm("unequal")) as running:
-        judged: list[tuple[str, int | None]] = [("the generic model", None)]
-        if subject.algorithm.personal:
-            judged += [(f"the model of client {i}", i) for i in running.states]
-        message, ctx = running.message(running.context()), running.context()
+    with contextlib.closing(subject.warm("ragged")) as running, torch.no_grad():
         x = running.data.prepare(running.data.test["x"], torch.float64)
-        setting, ids = running.engine.setting, list(running.states)
-        known = setting.clients(setting.plans(ctx.round, 0, ids))
-        clients = {number: Client(*(value[row] for value in known)) for row, number in enumerate(ids)}
-        for who, number in judged:
-            here, state = ctx, None
-            if number is not None:
-                here, state = ctx._replace(client=clients[number]), running.states[number]
+        for who, logits in _models(running):
             for part in (x[:5], x[:1]):
-                with torch.no_grad():
-                    z: Any = subject.algorithm.predict(here, message, state, part)
+                z = logits(part)
                 shape = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
                 if shape != (len(part), CLASSES):
                     raise Broken(f"{who} gives {shape} for {len(part)} inputs, not {(len(part), CLASSES)}.")
         running.score()  # the whole way to the metrics, each client's own model included
+
+
+def _models(running: Federation) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
+    """Yields whose model is judged, and its logits as a function of inputs [batch, ...]."""
+    ctx, predict = running.context(), running.algorithm.predict
+    message = running.message(ctx)
+    yield "the generic model", functools.partial(predict, ctx, message, None)
+    if running.algorithm.personal:
+        setting, ids = running.engine.setting, list(running.states)
+        known = setting.clients(setting.plans(ctx.round, 0, ids))
+        for row, number in enumerate(ids):
+            here = ctx._replace(client=Client(*(value[row] for value in known)))
+            yield f"the model of client {number}", functools.partial(predict, here, message, running.states[number])
+
+
+@rule(
+    "each input alone",
+    "A model in use gets one input, as often as one likes; scores are taken in batches of any size.",
+    "Apply the model with train=False (batch statistics and Dropout are for training), and take no mean over the batch.",
+    cause="random",
+    after="predict",
+)
+def each_alone(subject: Subject) -> None:
+    for problem, needed in (("ragged", ""), ("batchnorm", "BatchNorm"), ("dropout", "Dropout")):
+        if needed in subject.broken:
+            continue
+        with contextlib.closing(subject.warm(problem)) as running, torch.no_grad():
+            x = running.data.prepare(running.data.test["x"][:6], torch.float64)
+            for who, logits in _models(running):
+                together = logits(x)
+                if found := difference(together, logits(x)):
+                    raise Broken(f"{who}, asked twice for the same inputs, gives other logits: {found}.",
+                                 "Draw and keep nothing in predict: its logits follow from its arguments alone.")  # fmt: skip
+                if found := difference(together, torch.cat([logits(one) for one in x.split(1)]), ROUNDING):
+                    model = f"; network with {needed}" if needed else ""
+                    raise Broken(f"{who} gives an input other logits alone than among six: {found}{model}.")

@@ -1,4 +1,4 @@
-"""Small made-up problems for `fedtail check`, and the runs of one algorithm on them.
+"""Small made-up problems for `fedtail check` and for the library's own tests, and the runs of one algorithm on them.
 
 Everything is in float64 and on one core: there two engines that do the same work agree to rounding, so that a difference
 is a fault of the method and not of the arithmetic.
@@ -7,7 +7,7 @@ is a fault of the method and not of the arithmetic.
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,11 +27,12 @@ from fedtail.engines.base import Sink
 from fedtail.experiment import Federation
 from fedtail.models.layers import Network
 from fedtail.models.specs import MLP, ModelSpec
-from fedtail.seeds import Stream, generator
+from fedtail.schedule import Constant, Schedule
 from fedtail.task import Variables
 from fedtail.trees import Tree
 
 CLASSES, ROUNDS = 4, 3
+CONSTANT = Constant()
 LOOP, PARALLEL, VMAP = EngineOptions(name="loop"), EngineOptions(name="parallel", workers=3), EngineOptions(name="vmap")
 
 
@@ -69,42 +70,59 @@ class Problem(NamedTuple):
     clients: int = 4  # of the cohort, where there are so many
 
 
-UNEQUAL = (9, 1, 12, 0, 4, 7)  # one client of a single example, one of none
+RAGGED = (9, 1, 12, 0, 4, 7)  # one client of a single example, one of none
 PROBLEMS = {
-    "unequal": Problem(UNEQUAL),
-    "batchnorm": Problem(UNEQUAL, BatchNormNet(), images=True),
-    "dropout": Problem(UNEQUAL, MLP(hidden=(6,), dropout=0.3)),
+    "ragged": Problem(RAGGED),
+    "batchnorm": Problem(RAGGED, BatchNormNet(), images=True),
+    "dropout": Problem(RAGGED, MLP(hidden=(6,), dropout=0.3)),
     "alone": Problem((11,)),
     "single": Problem((1, 6)),
 }
 
 
-def federated(problem: Problem, columns: Sequence[str]) -> FederatedData:
-    """Returns a problem's data with eight examples of the server's and a test set; always the same.
+def federated(
+    sizes: Sequence[int], images: bool, columns: Sequence[str] = ("x", "y"), complete: bool = False
+) -> FederatedData:
+    """Returns data of clients with these sizes, eight examples of the server's and a test set; always the same.
 
     Args:
-        problem: which one.
+        sizes: examples of each client.
+        images: images [1, 6, 6] with their augmentation in the place of five features.
         columns: what the algorithm wants; a column besides x and y is filled with class probabilities [N, classes].
+        complete: the first examples are one of each class, so that no class is absent from the population.
     """
-    rng = generator(7, Stream.PROBLEM)
-    held = sum(problem.sizes)
+    rng = np.random.default_rng(7)
+    held = sum(sizes)
     train = held + 8
     y = rng.choice(CLASSES, train + 30, p=[0.45, 0.3, 0.15, 0.1])
-    y[:CLASSES] = np.arange(CLASSES)  # whoever is first holds every class
-    if problem.images:
+    if complete:
+        y[:CLASSES] = np.arange(CLASSES)
+    if images:
         shade = 40 * (y % 3)[:, None, None, None]
         x = torch.from_numpy((rng.integers(0, 120, (len(y), 1, 6, 6)) + shade).astype(np.uint8))
     else:
         x = torch.from_numpy(rng.normal(size=(len(y), 5)) + rng.normal(size=(CLASSES, 5))[y])
-    ends, labels = np.cumsum([0, *problem.sizes]), torch.from_numpy(y)
+    ends, labels = np.cumsum([0, *sizes]), torch.from_numpy(y)
     more = {
         name: torch.from_numpy(rng.dirichlet(np.ones(CLASSES), train)) for name in columns if name not in ("x", "y")
     }
     return FederatedData(
         {"x": x[:train], "y": labels[:train], **more}, [np.arange(a, b) for a, b in itertools.pairwise(ends)],
-        {"x": x[train:], "y": labels[train:]}, [np.arange(5 * i, 5 * i + 5) for i in range(len(problem.sizes))], CLASSES,
-        mean=(0.4,) if problem.images else (), std=(0.2,) if problem.images else (),
-        augmentation="crop_flip" if problem.images else "none", server=np.arange(held, train),
+        {"x": x[train:], "y": labels[train:]}, [np.arange(5 * i, 5 * i + 5) for i in range(len(sizes))], CLASSES,
+        mean=(0.4,) if images else (), std=(0.2,) if images else (), augmentation="crop_flip" if images else "none",
+        server=np.arange(held, train),
+    )  # fmt: skip
+
+
+def experiment(
+    algorithm: Algorithm, problem: str, engine: EngineOptions = LOOP, seed: int = 0, schedule: Schedule = CONSTANT
+) -> Experiment:
+    """Returns the experiment of an algorithm on a problem; its data are to be replaced by the problem's."""
+    chosen = PROBLEMS[problem]
+    return Experiment(
+        seed=seed, rounds=ROUNDS, algorithm=algorithm, model=chosen.model, dtype="float64", engine=engine,
+        local=LocalWork(epochs=2, batch_size=4), participation=Participation(clients=chosen.clients),
+        schedule=schedule, evaluation=Evaluation(every=ROUNDS),
     )  # fmt: skip
 
 
@@ -154,16 +172,13 @@ class Subject:
         return config.from_dict(type(self.algorithm), table, "algorithm")
 
     def federation(
-        self, problem: str, engine: EngineOptions = LOOP, seed: int = 0, algorithm: Algorithm | None = None
-    ) -> Federation:
+        self, problem: str, engine: EngineOptions = LOOP, seed: int = 0, algorithm: Algorithm | None = None,
+        schedule: Schedule = CONSTANT,
+    ) -> Federation:  # fmt: skip
         """Returns a federation that is ready for round 0."""
         chosen = PROBLEMS[problem]
-        experiment = Experiment(
-            seed=seed, rounds=ROUNDS, algorithm=algorithm or self.algorithm, model=chosen.model, dtype="float64",
-            engine=engine, local=LocalWork(epochs=2, batch_size=4), evaluation=Evaluation(every=ROUNDS),
-            participation=Participation(clients=chosen.clients),
-        )  # fmt: skip
-        return Federation(experiment, federated(chosen, self.algorithm.columns))
+        data = federated(chosen.sizes, chosen.images, self.algorithm.columns, complete=True)
+        return Federation(experiment(algorithm or self.algorithm, problem, engine, seed, schedule), data)
 
     def warm(self, problem: str, engine: EngineOptions = LOOP) -> Federation:
         """Returns a federation after one round, so that clients have states."""
@@ -193,7 +208,7 @@ def follow(running: Federation) -> Outcome:
     return found._replace(final=running.variables())
 
 
-def by_name(states: dict[int, Tree]) -> dict[str, Tree]:
+def by_name(states: Mapping[int, Tree]) -> dict[str, Tree]:
     """Returns client states as a tree."""
     return {f"client {number}": state for number, state in sorted(states.items())}
 
@@ -269,6 +284,12 @@ def difference(first: Tree, second: Tree, tolerance: float = 0.0) -> str:
         if gap.numel() and float(gap.max()) > size:
             worst, size = name or "the tensor", float(gap.max())
     return f"{worst} differs by {size:.2g}" if worst else ""
+
+
+def not_finite(tree: Tree) -> str:
+    """Returns the first tensor that has a NaN or an infinity, "" if none has."""
+    found = (k or "the tensor" for k, v in trees.named_leaves(tree).items() if not bool(torch.isfinite(v).all()))
+    return next(found, "")
 
 
 def runs_differ(first: Outcome, second: Outcome, tolerance: float = 0.0) -> str:

@@ -1,7 +1,11 @@
 """Whether a method is a pure function: nothing drawn, kept or overwritten behind the engine's back."""
 
 import contextlib
+import copy
 import dataclasses
+from typing import Any
+
+import torch
 
 from fedtail import trees
 from fedtail.checks.problems import LOOP, Cohort, Subject, by_name, cohorts, difference, reduce, serve
@@ -27,8 +31,8 @@ def no_global_randomness(subject: Subject) -> None:
 
 
 def _first_round(subject: Subject, seed: int = 0) -> None:
-    with contextlib.closing(subject.federation("unequal", seed=seed)) as running:
-        running.step()
+    with contextlib.closing(subject.federation("ragged", seed=seed)) as running:
+        _advanced(running, running.step())
 
 
 @rule(
@@ -54,7 +58,7 @@ def state_in_values(subject: Subject) -> None:
 )
 def inputs_unmodified(subject: Subject) -> None:
     for donate in (True, False):
-        with contextlib.closing(subject.warm("unequal", dataclasses.replace(LOOP, donate=donate))) as running:
+        with contextlib.closing(subject.warm("ragged", dataclasses.replace(LOOP, donate=donate))) as running:
             for cohort in cohorts(running):
                 _watch(running, cohort)
 
@@ -86,13 +90,23 @@ def _watch(running: Federation, cohort: Cohort) -> None:
     cause="kept",
 )
 def deterministic(subject: Subject) -> None:
-    with contextlib.closing(subject.federation("unequal")) as running:
+    with contextlib.closing(subject.federation("ragged")) as running:
         cohort = next(cohorts(running))
         for number in cohort.plans:
             first, second = (answer(running, cohort, number) for _ in range(2))
             for what in ("update", "state"):
                 if found := difference(getattr(first, what), getattr(second, what)):
                     raise Broken(f"client {number}, asked twice with equal arguments, returns another {what}: {found}.")
+        record = running.step()
+        if found := difference(_advanced(running, record), _advanced(running, record)):
+            raise Broken(f"advance, called twice with equal arguments, returns something else: {found}.")
+
+
+def _advanced(running: Federation, record: dict[str, Any]) -> Tree:
+    """Returns what `advance` makes of a round's record."""
+    with torch.no_grad():
+        stage, server = running.algorithm.advance(running.context(), running.server, copy.deepcopy(record))
+    return {"stage": torch.tensor(stage), "server state": server}
 
 
 @rule(
@@ -102,7 +116,7 @@ def deterministic(subject: Subject) -> None:
     cause="kept",
 )
 def cohort_order(subject: Subject) -> None:
-    with contextlib.closing(subject.warm("unequal")) as running:
+    with contextlib.closing(subject.warm("ragged")) as running:
         cohort = next(cohorts(running))
         ids, first = list(cohort.plans), None
         for order in (ids, ids[::-1], ids[1:] + ids[:1]):

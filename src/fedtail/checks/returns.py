@@ -1,16 +1,18 @@
-"""What a method is and what it returns: a dataclass of options, trees of tensors, updates that can be added."""
+"""What a method is and what it returns: a dataclass of options, trees of tensors, updates that can be added, numbers."""
 
 import contextlib
 import json
+import math
 import tomllib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fedtail import config, trees
 from fedtail.algorithm import Client, Context
-from fedtail.checks.problems import Cohort, Subject, cohorts, other_form, reduce, serve
-from fedtail.checks.rule import Broken, rule
+from fedtail.checks.problems import Cohort, Subject, cohorts, not_finite, other_form, reduce, serve
+from fedtail.checks.rule import GUARD, Broken, rule
 from fedtail.engines.base import Result
 from fedtail.engines.loop import iterate
 from fedtail.experiment import Federation
@@ -48,9 +50,8 @@ class Answer(NamedTuple):
     """What one client returned, before any engine looked at it."""
 
     client: int
-    round: str
     local: Tree
-    metrics: Any
+    metrics: tuple[Any, ...]  # of each step
     update: Tree
     state: Tree
     weight: Any
@@ -61,12 +62,23 @@ def answer(running: Federation, cohort: Cohort, number: int) -> Answer:
     setting, algorithm = running.engine.setting, running.algorithm
     client = Client(*(value[list(cohort.plans).index(number)] for value in setting.clients(cohort.plans)))
     ctx: Context = cohort.ctx._replace(client=client)
-    state, metrics = cohort.states[number], dict[str, Any]()
+    state, metrics = cohort.states[number], list[Any]()
     local = algorithm.local_init(ctx, cohort.message, state)
     for batch in iterate(setting, cohort.plans[number]):
-        local, metrics = algorithm.local_step(ctx, cohort.message, state, local, batch)
+        local, found = algorithm.local_step(ctx, cohort.message, state, local, batch)
+        metrics.append(found)
     update, state = algorithm.local_final(ctx, cohort.message, state, local)
-    return Answer(number, cohort.ctx.round.phase.name, local, metrics, update, state, algorithm.weight(ctx))
+    return Answer(number, local, tuple(metrics), update, state, algorithm.weight(ctx))
+
+
+def play(running: Federation) -> Iterator[tuple[Cohort, list[Answer]]]:
+    """Yields each phase of the present round with what its clients answer; the server then moves on."""
+    for cohort in cohorts(running):
+        answers, sink = [answer(running, cohort, number) for number in cohort.plans], cohort.sink()
+        yield cohort, answers
+        for one in answers:
+            sink.add(Result(one.client, one.update, float(one.weight), one.state, {}, 0))
+        serve(running, cohort, sink, reduce(cohort, sink))
 
 
 def _stray(tree: Any, path: str = "") -> str:
@@ -86,7 +98,7 @@ def _stray(tree: Any, path: str = "") -> str:
     gate=True,
 )
 def runs(subject: Subject) -> None:
-    with contextlib.closing(subject.federation("unequal")) as running:
+    with contextlib.closing(subject.federation("ragged")) as running:
         cohort = next(cohorts(running))
         for number in cohort.plans:
             answer(running, cohort, number)
@@ -100,23 +112,23 @@ def runs(subject: Subject) -> None:
     gate=True,
 )
 def summable(subject: Subject) -> None:
-    with contextlib.closing(subject.federation("unequal")) as running:
-        for cohort in cohorts(running):
+    with contextlib.closing(subject.federation("ragged")) as running:
+        for cohort, answers in play(running):
+            _require("the server state", running.server)
             _require("broadcast's message", cohort.message)
-            answers, sink = [answer(running, cohort, number) for number in cohort.plans], cohort.sink()
             for one in answers:
                 _trees(one)
                 if not cohort.collects and (other := other_form(answers[0].update, one.update)):
                     both = f"{answers[0].client} and {one.client}"
                     raise Broken(f"clients {both} send updates that cannot be added: {other}.")
-                sink.add(Result(one.client, one.update, float(one.weight), one.state, {}, 0))
-            serve(running, cohort, sink, reduce(cohort, sink))
-            _require("the server state", running.server)
+        _require("the server state", running.server)
 
 
 def _trees(one: Answer) -> None:
     who = f"of client {one.client}"
-    for what in ("local", "metrics", "update", "state"):
+    for step, metrics in enumerate(one.metrics):
+        _require(f"the metrics {who} at local step {step}", metrics)
+    for what in ("local", "update", "state"):
         _require(f"{what} {who}", getattr(one, what))
     if not isinstance(one.weight, Tensor) or one.weight.shape != ():
         raise Broken(f"the weight {who} is {one.weight!r:.60}, not a tensor of shape ().")
@@ -127,3 +139,24 @@ def _trees(one: Answer) -> None:
 def _require(what: str, tree: Any) -> None:
     if stray := _stray(tree):
         raise Broken(f"in {what}, {stray}; only NamedTuples, tuples and dicts of tensors can be summed and stacked.")
+
+
+@rule(
+    "finite numbers",
+    "A negative weight makes the mean lie outside of what was averaged, and one NaN spoils every average that it enters.",
+    GUARD,
+    gate=True,
+)
+def finite(subject: Subject) -> None:
+    with contextlib.closing(subject.federation("ragged")) as running:
+        for cohort, answers in play(running):
+            for one in answers:
+                who, weight = f"client {one.client} in phase {cohort.ctx.round.phase.name!r}", float(one.weight)
+                if not 0 <= weight < math.inf:
+                    raise Broken(f"the weight of {who} is {weight:g}.",
+                                 "Return a finite weight >= 0; a signed factor belongs into the update.")  # fmt: skip
+                for step, metrics in enumerate(one.metrics):
+                    if bad := not_finite(metrics):
+                        raise Broken(f"the metric {bad} of {who} is not finite at local step {step}.")
+                if bad := not_finite(one.update):
+                    raise Broken(f"the update of {who} is not finite (first in {bad}).")

@@ -10,6 +10,7 @@ IMPURE = (
     "Return what must be remembered: client state for what a client keeps, server state for the server, local.extra within "
     "a round."
 )
+GUARD = "Guard divisions and logarithms (clamp_min): a client may lack a class, and hold a single example."
 
 
 class Broken(Exception):  # noqa: N818 (it is an answer, not an error)

@@ -1,6 +1,7 @@
 """What every partition shares: the abstract rule, the checks of its options, and dealing examples to clients."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from math import inf
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from numpy.random import Generator, RandomState
 from numpy.typing import NDArray
 
+from fedtail.data.members import Members
 from fedtail.data.statistics import Ints
 from fedtail.errors import ConfigError, PartitionError
 
@@ -21,7 +23,7 @@ class Partition(ABC):
     """A rule that hands examples to clients: every example to at most one."""
 
     @abstractmethod
-    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> Sequence[Ints]:
         """Returns one array of indices into `labels` a client: disjoint, each int64 and ascending.
 
         Args:
@@ -68,11 +70,11 @@ def infeasible(what: str, remedy: str) -> PartitionError:
     return PartitionError(f"data.partition: {what}. Use {remedy}.")
 
 
-def lists(owners: Ints, clients: int) -> list[Ints]:
+def lists(owners: Ints, clients: int) -> Members:
     """Returns the ascending indices of every owner 0..clients-1; an example of owner `clients` is nobody's."""
-    sizes = np.bincount(owners, minlength=clients)
-    order = np.argsort(owners, kind="stable").astype(np.int64)
-    return np.split(order, np.cumsum(sizes)[:-1])[:clients]
+    offsets = np.cumsum([0, *np.bincount(owners, minlength=clients)[:clients]])
+    order = np.argsort(owners, kind="stable")[: offsets[-1]]
+    return Members(order.astype(np.int32 if len(owners) < 2**31 else np.int64), offsets)
 
 
 def deal(labels: Ints, counts: Ints, rng: Generator) -> Ints:

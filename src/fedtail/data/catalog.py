@@ -5,8 +5,6 @@ load: that takes well below a second, so nothing about earlier checks needs to b
 """
 
 import hashlib
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -18,17 +16,7 @@ from fedtail.data.dataset import Dataset, assemble
 from fedtail.data.entries import PROTOCOL_NORMALISATION, REGISTRY, Entry, Splits
 from fedtail.data.images import resized
 from fedtail.errors import ConfigError, DataError, did_you_mean
-
-
-def cache_folder() -> Path:
-    """Folder that holds a folder for each set: `$FEDTAIL_DATA`, else `fedtail` in the platform's cache of this user."""
-    if chosen := os.environ.get("FEDTAIL_DATA"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fedtail"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "fedtail"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtail"
+from fedtail.files import cache_folder
 
 
 def lookup(name: str) -> Entry:

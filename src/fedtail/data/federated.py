@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedtail.data.augment import Augmentation, augment
+from fedtail.data.members import Members
 from fedtail.errors import DataError
 
 Array = np.ndarray[Any, Any]
@@ -33,7 +34,7 @@ class FederatedData:
     Args:
         columns: by name, each [N, ...]; "x" (uint8 images or float features) and "y" (int64) are required. Images may
             be a `LazyImages`, which decodes the rows that `index_select` asks for.
-        owners: one int64 array of training indices a client.
+        owners: one int64 array of training indices a client; kept as `Members`.
         test: columns of the test set, "x" and "y".
         local_tests: one int64 array of test indices a client.
         num_classes: number of classes.
@@ -58,6 +59,8 @@ class FederatedData:
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("owners", "local_tests"):
+            object.__setattr__(self, name, Members.of(getattr(self, name)))
         for name in ("x", "y"):
             if name not in self.columns or name not in self.test:
                 raise DataError(
@@ -73,17 +76,27 @@ class FederatedData:
         """Returns the class counts of every client, int64 [clients, classes]."""
         return self._counts[0].copy()
 
+    def counts_of(self, clients: Sequence[int]) -> Array:
+        """Returns the class counts of some clients, int64 [len(clients), classes], without looking at the others."""
+        return Members.of(self.owners).class_counts(self._labels[0], self.num_classes, clients)
+
+    def class_totals(self) -> Array:
+        """Returns the class counts of all clients together, int64 [classes]."""
+        return np.bincount(self._labels[0][Members.of(self.owners).members], minlength=self.num_classes)
+
     def test_counts(self) -> Array:
         """Returns the class counts of every client's local test set, int64 [clients, classes]."""
         return self._counts[1].copy()
 
     @cached_property
     def _counts(self) -> tuple[Array, Array]:
-        def count(columns: Mapping[str, Tensor], rows: Sequence[Array]) -> Array:
-            y = columns["y"].numpy(force=True)
-            return np.stack([np.bincount(y[r], minlength=self.num_classes) for r in rows]).astype(np.int64)
+        parts = (Members.of(self.owners), Members.of(self.local_tests))
+        first, second = (part.class_counts(y, self.num_classes) for part, y in zip(parts, self._labels, strict=True))
+        return first, second
 
-        return count(self.columns, self.owners), count(self.test, self.local_tests)
+    @cached_property
+    def _labels(self) -> tuple[Array, Array]:
+        return self.columns["y"].numpy(force=True), self.test["y"].numpy(force=True)
 
     def prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Turns raw inputs into what the network sees."""

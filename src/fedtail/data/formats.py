@@ -18,12 +18,7 @@ from PIL import Image
 from fedtail.data.dataset import Split, channels_first, stratified_split
 from fedtail.errors import ConfigError, DataError, did_you_mean
 
-IDX_NAMES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 """The four files of MNIST and of the sets that follow it, without `.gz`."""
 
 CIFAR_FILES = {
@@ -303,7 +298,7 @@ def read_image_folder(folder: Path, size: int | None = None) -> tuple[Split, Spl
 
     Raises:
         ConfigError: `size` is below 1.
-        DataError: a folder is missing or empty, images differ in size, or one cannot be decoded.
+        DataError: a folder is missing or empty, images differ in size, or one cannot be decoded or has more than 8 bits.
     """
     if size is not None and size < 1:
         raise ConfigError(f"size must be >= 1 pixel, got {size}.")
@@ -333,7 +328,7 @@ def _image_kind(paths: list[Path], size: int | None) -> tuple[str, tuple[int, in
     for path in paths:
         try:
             with Image.open(path) as image:
-                modes.add(image.mode)
+                modes.add(_eight_bit(image.mode, path))
                 shapes.setdefault(image.size, path)
         except _UNDECODABLE as error:
             raise _corrupt(path, error) from error
@@ -341,6 +336,14 @@ def _image_kind(paths: list[Path], size: int | None) -> tuple[str, tuple[int, in
         listing = ", ".join(f"{width} x {height} ({path})" for (width, height), path in list(shapes.items())[:3])
         raise DataError(f"images differ in width x height: {listing}. Give a size to resize all of them to.")
     return "L" if modes <= {"1", "L"} else "RGB", next(iter(shapes)) if size is None else (size, size)
+
+
+def _eight_bit(mode: str, where: str | Path) -> str:
+    """Pillow's mode of an image; modes of more than 8 bits are refused: converted, they would be cut off at 255."""
+    if mode == "F" or mode.startswith("I"):
+        raise DataError(f"{where}: got an image of mode {mode}, expected 8 bits a channel. Convert it to 8 bits, its own "
+                        "range scaled to 0..255.")  # fmt: skip
+    return mode
 
 
 def _decode(path: Path, mode: str, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:

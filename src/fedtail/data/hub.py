@@ -22,6 +22,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 
 from fedtail.data.dataset import Dataset, Split, assemble, stratified_split
+from fedtail.data.formats import _eight_bit
 from fedtail.errors import ConfigError, DataError, did_you_mean
 
 PREFIX = "hf:"
@@ -73,6 +74,21 @@ def parse(name: str) -> Source:
     return Source(path=path, **options)
 
 
+def require(name: str) -> Any:
+    """Returns the package `datasets`, which data of this name need.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise DataError(
+            f"data.name {name!r}: data of the Hugging Face Hub need the package datasets ({error}). "
+            'Run pip install "fedtail[data]".'
+        ) from error
+
+
 def load(name: str, folder: str | Path | None = None, size: int | None = None) -> Dataset:
     """Fetches a data set of the Hub, or takes it from the cache, and converts it.
 
@@ -86,13 +102,7 @@ def load(name: str, folder: str | Path | None = None, size: int | None = None) -
         DataError: the package is missing, the data cannot be had, or they are no labelled images of one size.
     """
     source = parse(name)
-    try:
-        package = importlib.import_module("datasets")
-    except ImportError as error:
-        raise DataError(
-            f"data.name {name!r}: data of the Hugging Face Hub need the package datasets ({error}). "
-            'Run pip install "fedtail[data]".'
-        ) from error
+    package = require(name)
     try:
         found = package.load_dataset(
             source.path, source.config or None, revision=source.revision or None, cache_dir=folder and str(folder)
@@ -180,7 +190,8 @@ def _pixels(where: str, column: str, images: Iterable[Any], rows: int, size: int
     for place, image in enumerate(images):
         if not hasattr(image, "convert"):  # a decoded image is one of Pillow's
             raise DataError(f"{where}: column {column!r} holds {type(image).__name__} in row {place}, expected images.")
-        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        mode = _eight_bit(image.mode, f"{where}: column {column!r}, row {place}")
+        image = image.convert("L" if mode in ("1", "L") else "RGB")
         image = image if size is None else image.resize((size, size), BICUBIC)
         pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
         if not place:

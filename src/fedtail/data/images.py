@@ -22,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from fedtail.data.dataset import Split
-from fedtail.data.formats import _UNDECODABLE, _corrupt, _missing
+from fedtail.data.formats import _UNDECODABLE, _corrupt, _eight_bit, _missing
 from fedtail.errors import ConfigError, DataError, did_you_mean
 
 SIZE = 224
@@ -69,11 +69,12 @@ class ImageFiles:
         """Reads one image: RGB, the largest square in its middle, scaled to S x S (bicubic); uint8 [3, S, S].
 
         Raises:
-            DataError: the file cannot be read as an image.
+            DataError: the file cannot be read as an image, or has more than 8 bits a channel.
         """
         path = self.folder / name
         try:
             with Image.open(path) as image:
+                _eight_bit(image.mode, path)
                 image.draft("RGB", (self.size, self.size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 if that is enough
                 rgb = image.convert("RGB")
         except _UNDECODABLE as error:
@@ -145,17 +146,26 @@ def read_inaturalist(folder: Path, mend: str = "") -> tuple[Split, Split]:
     tables = [_table(lists[name], needed, mend) for name, needed in zip(INATURALIST_LISTS, columns, strict=True)]
     wanted = {Path(image).stem for table in tables for image in table["image_id"]}
     found: dict[str, str] = {}
-    for place, _, files in os.walk(folder, followlinks=True):
-        for file in files:
-            stem, _, ending = file.rpartition(".")
-            if stem in wanted and ending.lower() in ("jpg", "jpeg", "png"):
-                found[stem] = os.path.relpath(os.path.join(place, file), folder)
+    for place, file in _files(folder):
+        stem, _, ending = file.rpartition(".")
+        if stem in wanted and ending.lower() in ("jpg", "jpeg", "png"):
+            found[stem] = os.path.relpath(os.path.join(place, file), folder)
     splits: list[Split] = []
     for name, table in zip(INATURALIST_LISTS, tables, strict=True):
         names = [found.get(Path(image).stem, f"{image}.jpg") for image in table["image_id"]]
         labels = [_label(c, lists[name], i, f"a class number, got {c!r}") for i, c in enumerate(table["class"], 2)]
         splits.append(_split(folder, lists[name], names, labels, table.get("user_id")))
     return splits[0], splits[1]
+
+
+def _files(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yields (folder, name) of every file below a folder, symbolic links included; each folder is entered once."""
+    seen = {os.path.realpath(folder)}
+    for place, below, files in os.walk(folder, followlinks=True):
+        yield from ((place, file) for file in files)
+        entered = {os.path.realpath(os.path.join(place, name)): name for name in below}
+        below[:] = [name for real, name in entered.items() if real not in seen]
+        seen.update(entered)
 
 
 def _lists(folder: Path, names: tuple[str, ...], mend: str) -> dict[str, Path]:

@@ -6,6 +6,7 @@ split and the local test sets; the usual label-skew splits for the others. docs/
 What cannot be made is answered here, before anything trains, with values that would work.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -48,7 +49,7 @@ class IID(Partition):
         at_least("IID", 1, clients=self.clients)
         legacy_seed_in_range("IID", self.legacy_seed)
 
-    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> Sequence[Ints]:
         """Splits; see `Partition.split`."""
         if self.clients > len(labels):
             raise infeasible(
@@ -93,7 +94,7 @@ class DirichletMultinomial(Partition):
                 f"got {self.min_size}. Leave one of them out."
             )
 
-    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> Sequence[Ints]:
         """Splits; see `Partition.split`."""
         available = class_counts(labels, num_classes)
         if self.legacy_seed is not None:
@@ -118,7 +119,7 @@ class DirichletMultinomial(Partition):
 
 @dataclass(frozen=True, kw_only=True)
 class DirichletProportional(Partition):
-    """Class c is cut at floor(cumsum(q) * N_c), q ~ Dirichlet(alpha) over clients, until all have min_size (7.2)."""
+    """Class c is cut at floor(cumsum(q) * N_c), q ~ Dirichlet(alpha) over clients, until all have min_size."""
 
     clients: int = 10
     """Number of clients, >= 1."""
@@ -136,7 +137,7 @@ class DirichletProportional(Partition):
         at_least("DirichletProportional", 0, min_size=self.min_size)
         positive("DirichletProportional", self.alpha)
 
-    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> Sequence[Ints]:
         """Splits; see `Partition.split`."""
         available = class_counts(labels, num_classes)
 
@@ -151,7 +152,7 @@ class DirichletProportional(Partition):
 
 @dataclass(frozen=True, kw_only=True)
 class Shards(Partition):
-    """Sort by label, cut into clients * shards_per_client nearly equal shards, deal them at random (7.3).
+    """Sort by label, cut into clients * shards_per_client nearly equal shards, deal them at random.
 
     A client holds at most shards_per_client classes if the shard size divides every class size, else up to twice that.
     """
@@ -164,7 +165,7 @@ class Shards(Partition):
     def __post_init__(self) -> None:
         at_least("Shards", 1, clients=self.clients, shards_per_client=self.shards_per_client)
 
-    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> Sequence[Ints]:
         """Splits; see `Partition.split`."""
         shards, examples = self.clients * self.shards_per_client, len(labels)
         if shards > examples:
@@ -186,7 +187,7 @@ class Shards(Partition):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassSpecific(Partition):
-    """Every client holds q classes, every class has r = clients * q / C holders with nearly equal parts (7.3)."""
+    """Every client holds q classes, every class has r = clients * q / C holders with nearly equal parts."""
 
     clients: int = 10
     """Number of clients, >= 1; clients * classes_per_client must be a multiple of C."""
@@ -196,7 +197,7 @@ class ClassSpecific(Partition):
     def __post_init__(self) -> None:
         at_least("ClassSpecific", 1, clients=self.clients, classes_per_client=self.classes_per_client)
 
-    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> Sequence[Ints]:
         """Splits; see `Partition.split`."""
         available = class_counts(labels, num_classes)
         self._check(available)
@@ -247,7 +248,7 @@ class Natural(Partition):
     def __post_init__(self) -> None:
         at_least("Natural", 1, min_size=self.min_size)
 
-    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> Sequence[Ints]:
         """Splits; see `Partition.split`. Users left out leave their examples unused."""
         if users is None or len(users) != len(labels):
             got = "none" if users is None else f"one of {len(users)} values for {len(labels)} examples"

@@ -35,6 +35,12 @@ class LocalWork:
         if not 1 <= self.min_batch <= self.batch_size:
             raise ConfigError(f"local.min_batch must be in [1, batch_size = {self.batch_size}], got {self.min_batch}.")
 
+    def count(self, examples: Array) -> Array:
+        """Returns the numbers of training steps of clients with so many examples, both int64 (clients,)."""
+        full, rest = np.divmod(examples, self.batch_size)
+        epoch = full + ((rest > 0) & (rest >= self.min_batch))
+        return np.where(epoch > 0, self.steps or epoch * self.epochs, 0)
+
     def lengths(self, examples: int, training: bool = True) -> Array:
         """Returns the sizes of all batches of a client with so many examples, (steps,) int64."""
         full, rest = divmod(examples, self.batch_size)

@@ -5,6 +5,7 @@ Learning on Non-IID Data Silos: An Experimental Study, ICDE 2022 (arXiv 2102.020
 FedLoGe (the authors' code, its option "balanced_global") for rotated tails. docs/data.md has every procedure.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -36,7 +37,7 @@ class DirichletEqualSize(Partition):
         at_least("DirichletEqualSize", 1, clients=self.clients, min_size=self.min_size)
         positive("DirichletEqualSize", self.alpha)
 
-    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> Sequence[Ints]:
         """Splits; see `Partition.split`."""
         available = class_counts(labels, num_classes)
         if not available.all():
@@ -71,7 +72,7 @@ class QuantitySkew(Partition):
         at_least("QuantitySkew", 0, min_size=self.min_size)
         positive("QuantitySkew", self.alpha)
 
-    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> Sequence[Ints]:
         """Splits; see `Partition.split`."""
         examples = len(labels)
 
@@ -104,7 +105,7 @@ class RotatedTails(Partition):
         if not 1 <= self.factor < inf:
             raise ConfigError(f"RotatedTails.factor must be in [1, inf), got {self.factor}.")
 
-    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> list[Ints]:
+    def split(self, labels: Ints, num_classes: int, rng: Generator, users: Users = None) -> Sequence[Ints]:
         """Splits; see `Partition.split`."""
         self._check(len(labels), num_classes)
         # Place i of the shuffled data belongs to client i mod K; `cell` numbers the pairs (client, class).

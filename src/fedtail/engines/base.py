@@ -1,6 +1,7 @@
 """What all engines share: the setting of a run, the sink that sums updates in order, and the checks on what comes back."""
 
 import contextlib
+import math
 import sys
 import threading
 from abc import ABC, abstractmethod
@@ -34,6 +35,15 @@ class Result(NamedTuple):
     examples: int
 
 
+class Answer(NamedTuple):
+    """What is kept of each client's result beside the sums."""
+
+    client: int
+    weight: float
+    state: Tree
+    update: Tree  # () where updates are not collected
+
+
 class Sink:
     """Adds results in ascending client index, whatever the order in which they arrive.
 
@@ -44,16 +54,29 @@ class Sink:
         self._waiting: dict[int, Result] = {}
         self._order = sorted(ids)
         self._next = 0
-        self._collect = collect
-        self._drift = drift
+        self.collect = collect
+        self.drift = drift
         self._sum: Tree | None = None
         self._first: Result | None = None
         self.total = 0.0
-        self.updates: list[Tree] = []
-        self.weights: list[float] = []
-        self.states: dict[int, Tree] = {}
+        self.answers: list[Answer] = []  # in ascending client index
         self._metrics: dict[str, Tensor] = {}
         self.examples = 0
+
+    @property
+    def updates(self) -> list[Tree]:
+        """The clients' updates, where they are collected."""
+        return [answer.update for answer in self.answers]
+
+    @property
+    def weights(self) -> list[float]:
+        """The clients' weights."""
+        return [answer.weight for answer in self.answers]
+
+    @property
+    def states(self) -> dict[int, Tree]:
+        """The clients' new states."""
+        return {answer.client: answer.state for answer in self.answers}
 
     def add(self, result: Result) -> None:
         """Takes one result; adds it, and those that waited for it, when its turn has come."""
@@ -63,22 +86,41 @@ class Sink:
             self._next += 1
 
     def _reduce(self, result: Result) -> None:
-        self.states[result.client] = result.state
+        kept = result.update if self.collect else ()
+        self.answers.append(Answer(result.client, result.weight, result.state, kept))
         self.examples += result.examples
         for name, value in result.metrics.items():
             self._metrics[name] = self._metrics.get(name, 0.0) + value.double() * result.examples
-        self.weights.append(result.weight)
         self.total += result.weight
-        if self._drift is not None:
-            self._drift.add(result.update, result.weight)
-        if self._collect:
-            self.updates.append(result.update)
-        elif self._first is None:
+        if self.drift is not None:
+            self.drift.add(result.update, result.weight)
+        if self.collect:
+            return
+        if self._first is None:
             self._first = result
         else:
-            if self._sum is None:
-                self._sum = trees.tree_map(lambda u: _wide(u) * self._first.weight, self._first.update)  # type: ignore[union-attr]
-            self._sum = trees.tree_map(lambda s, u: s.add_(u, alpha=result.weight), self._sum, result.update)
+            self._sum = trees.tree_map(lambda s, u: s.add_(u, alpha=result.weight), self._begun(), result.update)
+
+    def _begun(self) -> Tree:
+        """Returns the sum, which begins with the first result's share."""
+        if self._sum is None and self._first is not None:
+            weight = self._first.weight
+            self._sum = trees.tree_map(lambda u: _wide(u) * weight, self._first.update)
+        return self._sum
+
+    def sums(self) -> Tree:
+        """Returns everything that is a sum over clients, as a tree of tensors: what several sinks may add up."""
+        numbers = torch.tensor([self.total, self.examples], dtype=torch.float64)
+        return {"numbers": numbers, "metrics": self._metrics, "update": () if self.collect else self._begun(),
+                "drift": () if self.drift is None else self.drift.sums()}  # fmt: skip
+
+    def take(self, part: "Sink", sums: Tree, answers: Sequence[Answer]) -> None:
+        """Takes over the sums of several sinks, of which `part` is one, with all their clients' answers in order."""
+        self._first, self._sum = part._first, None if self.collect else sums["update"]
+        self.total, self.examples = float(sums["numbers"][0]), int(sums["numbers"][1])
+        self._metrics, self.answers = sums["metrics"], list(answers)
+        if self.drift is not None:
+            self.drift.restore(sums["drift"])
 
     def mean(self) -> Tree:
         """Returns sum(w u) / sum(w); a single result as it is; integer buffers are rounded.
@@ -98,7 +140,7 @@ class Sink:
     def metrics(self) -> dict[str, Tensor]:
         """Returns the clients' metrics, averaged with their numbers of examples, and the drift where it is measured."""
         means = {name: value / max(self.examples, 1) for name, value in self._metrics.items()}
-        return means if self._drift is None else {**means, **self._drift.metrics()}
+        return means if self.drift is None else {**means, **self.drift.metrics()}
 
 
 def _wide(update: Tensor) -> Tensor:
@@ -144,14 +186,14 @@ class Setting:
         return Client(
             torch.tensor(ids, device=device),
             torch.tensor([len(self.data.owners[i]) for i in ids], dtype=dtype, device=device),
-            torch.from_numpy(self.data.counts()[ids]).to(device, dtype),
+            torch.from_numpy(self.data.counts_of(ids)).to(device, dtype),
             torch.tensor([len(plans[i].lengths) for i in ids], dtype=dtype, device=device),
         )
 
     def state(self, ctx: Context, message: Tree, states: Mapping[int, Tree], client: int) -> Tree:
         """Returns a client's state: the kept one, or the initial one at its first participation."""
         if client in states:
-            return states[client]
+            return trees.tree_map(lambda t: t.to(self.task.device), states[client])
         return self.algorithm.init_client(ctx, message, generator(self.seed, Stream.CLIENT, client))
 
 
@@ -245,7 +287,7 @@ class Engine(ABC):
 
 
 def check_result(result: Result, losses: Tensor | None, round: Round) -> Result:
-    """Raises TrainingError if a client's losses (steps,) or its update are not finite."""
+    """Raises TrainingError if a client's losses (steps,), update, weight or metrics are not finite, or the weight is < 0."""
     where = f"client {result.client} in round {round.index}"
     remedy = ("Lower algorithm.optimizer.lr, set algorithm.optimizer.clip (for example 5), or look for bad inputs "
               "(fedtail inspect).")  # fmt: skip
@@ -255,4 +297,11 @@ def check_result(result: Result, losses: Tensor | None, round: Round) -> Result:
     if not trees.all_finite(result.update):
         bad = next(k for k, v in trees.named_leaves(result.update).items() if not bool(torch.isfinite(v).all()))
         raise TrainingError(f"The update of {where} is not finite (first in {bad}). {remedy}")
+    if not 0 <= result.weight < math.inf:
+        raise TrainingError(f"The weight of {where} is {result.weight:g}; it must be finite and >= 0. Mend the algorithm's "
+                            "weight().")  # fmt: skip
+    for name, value in result.metrics.items():
+        if name != "loss" and not bool(torch.isfinite(value).all()):  # the losses have been looked at
+            raise TrainingError(f"The metric {name!r} of {where} is {float(value[~torch.isfinite(value)][0])} at some local "
+                                "step. Guard the division or logarithm in the algorithm's local_step.")  # fmt: skip
     return result

@@ -1,0 +1,185 @@
+"""Clients side by side in processes: for steps so short that threads wait for Python's lock. Bit-identical to the loop engine.
+
+The workers are forked: they share the data's memory and know the setting. What travels is the message, once a round to each
+worker, kept client states, and results, all as NumPy arrays.
+"""
+
+import multiprocessing
+import os
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtail import trees
+from fedtail.algorithm import Client, Round
+from fedtail.data.plan import Plan
+from fedtail.engines.base import Engine, Result, Setting, Sink
+from fedtail.engines.loop import run_client
+from fedtail.engines.parallel import ParallelEngine
+from fedtail.errors import ConfigError, FedtailError, TrainingError
+from fedtail.trees import Tree
+
+WATCH = 1.0  # seconds after which an idle worker looks whether its parent still lives
+
+
+def pack(tree: Tree) -> Any:
+    """Returns the tree with arrays for tensors, fit to be sent."""
+    if isinstance(tree, Tensor):
+        return tree.detach().cpu().numpy()
+    return trees.rebuild(tree, [pack(child) for _, child in trees.items(tree)])
+
+
+def unpack(tree: Any) -> Tree:
+    """Returns the tensors of a packed tree; copied, because an array's memory is not aligned as torch's is."""
+    if isinstance(tree, np.ndarray):
+        return torch.from_numpy(tree).clone()
+    return trees.rebuild(tree, [unpack(child) for _, child in trees.items(tree)])
+
+
+def serve(setting: Setting, donate: bool, pipe: Connection, parent: int) -> None:
+    """Runs clients as they are asked for, until told to stop or the parent is gone.
+
+    It is told ("round", round, counts, trained, message) once, then ("client", index, its kept state or None) for each.
+    """
+    torch.set_num_threads(1)
+    worker = setting.task.worker("eager", donate)
+    round, trained, message = Round(0, *[None] * 4), 0, ()  # type: ignore[arg-type]
+    while True:
+        while not pipe.poll(WATCH):
+            if os.getppid() != parent:
+                return
+        kind, *rest = pipe.recv()
+        if kind == "stop":
+            return
+        if kind == "round":
+            bare, counts, trained, message = rest
+            round, message = bare._replace(counts=None if counts is None else unpack(counts)), unpack(message)
+            continue
+        number, state = rest
+        try:
+            plans = setting.plans(round, trained, [number])
+            client = Client(*(value[0] for value in setting.clients(plans)))
+            states = {} if state is None else {number: unpack(state)}
+            result = run_client(setting, worker, round, client, message, states, plans[number])
+            update, kept, metrics = pack(result.update), pack(result.state), pack(result.metrics)
+            pipe.send(result._replace(update=update, state=kept, metrics=metrics))
+        except FedtailError as error:
+            pipe.send(error)
+        except Exception as error:
+            pipe.send(TrainingError(f"Client {number} failed in round {round.index}: {type(error).__name__}: {error}"))
+
+
+class ProcessEngine(Engine):
+    """A pool of long-lived processes, one intra-op thread each; evaluation runs in threads."""
+
+    name = "processes"
+
+    def __init__(self, setting: Setting, workers: int, donate: bool = True):
+        super().__init__(setting)
+        if not hasattr(os, "fork") or setting.task.device.type != "cpu":
+            raise ConfigError('engine.name = "processes" needs a system that can fork (Linux, macOS) and device = "cpu". '
+                              'Use "parallel".')  # fmt: skip
+        self._workers, self._donate = workers, donate
+        self._pool: list[tuple[ForkProcess, Connection]] = []
+        self._threads = ParallelEngine(setting, workers, donate)
+
+    def open(self) -> None:
+        """Forks the workers at the first use."""
+        if self._pool:
+            return
+        super().open()
+        context = multiprocessing.get_context("fork")
+        for _ in range(self._workers):
+            mine, theirs = context.Pipe()
+            process = context.Process(
+                target=serve, args=(self.setting, self._donate, theirs, os.getpid()), daemon=True, name="fedtail"
+            )
+            with (
+                warnings.catch_warnings()
+            ):  # Python 3.12 warns if any other thread lives: the workers use none of theirs
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
+            theirs.close()
+            self._pool.append((process, cast("Connection", mine)))
+
+    def cohort(self, round: Round, trained: int, message: Tree, states: Mapping[int, Tree], plans: Mapping[int, Plan],
+               sink: Sink) -> None:  # fmt: skip
+        """Hands out the longest clients first; the sink adds in ascending index."""
+        self.open()
+        todo = deque(sorted(plans, key=lambda number: -len(plans[number].order)))
+        busy: dict[Connection, int] = {}
+
+        def give(pipe: Connection) -> None:
+            if todo:
+                number = busy[pipe] = todo.popleft()
+                self._send(pipe, "client", number, pack(states[number]) if number in states else None)
+
+        try:
+            counts = None if round.counts is None else pack(round.counts)
+            for _, pipe in self._pool:
+                self._send(pipe, "round", round._replace(counts=None), counts, trained, pack(message))
+                give(pipe)
+            while busy:
+                for pipe in wait([*busy]):
+                    sink.add(self._result(pipe, busy.pop(pipe), round))  # type: ignore[arg-type]
+                    give(pipe)  # type: ignore[arg-type]
+        except BaseException:
+            self._end()  # workers may be in the middle of a client
+            raise
+
+    def _send(self, pipe: Connection, *what: Any) -> None:
+        try:
+            pipe.send(what)
+        except OSError as error:
+            raise TrainingError(f"A worker process is gone ({error}): it ended without an answer (killed, often for want of "
+                                "memory). Lower engine.workers; `fedtail resume` continues the run.") from error  # fmt: skip
+        except (AttributeError, TypeError, ValueError) as error:
+            raise TrainingError(
+                f"What the clients need cannot be sent to another process: {error}. Define the NamedTuples of messages and "
+                'states at the top of a module, or use engine.name = "parallel".'
+            ) from error
+
+    def _result(self, pipe: Connection, number: int, round: Round) -> Result:
+        """Returns a worker's answer."""
+        try:
+            answer = pipe.recv()
+        except (EOFError, OSError) as error:
+            raise TrainingError(
+                f"The process that trained client {number} in round {round.index} ended without an answer (killed, often for "
+                "want of memory). Lower engine.workers; `fedtail resume` continues the run."
+            ) from error
+        if isinstance(answer, FedtailError):
+            raise answer
+        parts = (unpack(answer.update), unpack(answer.state), unpack(answer.metrics))
+        return answer._replace(update=parts[0], state=parts[1], metrics=parts[2])
+
+    def map_batches(self, function: Any, items: Sequence[Any]) -> list[Any]:
+        """Runs them in threads: a function does not travel."""
+        return self._threads.map_batches(function, items)
+
+    def _end(self) -> None:
+        for process, pipe in self._pool:
+            process.terminate()
+            process.join()
+            pipe.close()
+        self._pool = []
+
+    def close(self) -> None:
+        """Ends the processes and threads."""
+        for _, pipe in self._pool:
+            try:
+                pipe.send(("stop",))
+            except OSError:
+                continue
+        for process, _ in self._pool:
+            process.join(5)
+        self._end()
+        self._threads.close()
+        super().close()
