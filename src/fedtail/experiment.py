@@ -24,8 +24,9 @@ from fedtail.data.federated import FederatedData
 from fedtail.data.members import Members
 from fedtail.data.plan import make_plan
 from fedtail.drift import Drift
-from fedtail.engines import choose, distributed, make_engine
+from fedtail.engines import distributed, make_engine
 from fedtail.engines.base import Engine, Setting, Sink, blame, one_thread
+from fedtail.engines.choice import resolve
 from fedtail.engines.loop import iterate
 from fedtail.errors import CheckpointError, ConfigError, TrainingError
 from fedtail.evaluate import Judge, Split, shot_groups
@@ -67,11 +68,7 @@ class Federation:
             raise ConfigError("data.partition and local.min_batch leave no client with a batch. Lower local.min_batch.")
         size = min(experiment.participation.size(self.data.clients), len(self.holders))
         self.cohort_size = size
-        options = experiment.engine
-        self.reason = "as configured"
-        if options.name == "auto":
-            name, self.reason = choose(self.task, size, options.cores())
-            options = dataclasses.replace(options, name=name)
+        options, self.reason = resolve(experiment.engine, self.task, size, experiment.local.batch_size)
         self.experiment = dataclasses.replace(experiment, engine=options)
         self.algorithm = experiment.algorithm
         if self.algorithm.needs_server_data and not len(self.data.server):
@@ -187,7 +184,7 @@ class Federation:
         """Loops `server_step` over the server's data, for as much work as a client's."""
         experiment, ctx, setting = self.experiment, self.context(Phase("server")), self.engine.setting
         plan = make_plan(experiment.seed, self.round, 0, self.data.clients, self.data.server, experiment.local,
-                         setting.draws())  # fmt: skip
+                         setting.draws)  # fmt: skip
         sums = dict[str, torch.Tensor]()
         for batch in iterate(setting, plan):
             with blame("server_step"):

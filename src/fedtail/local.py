@@ -1,5 +1,7 @@
 """What local training is made of: the local state, one step, and the two halves of averaging."""
 
+from __future__ import annotations  # torch's compiler cannot follow inner functions whose annotations are evaluated
+
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 

@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,10 @@ class Sink:
     def states(self) -> dict[int, Tree]:
         """The clients' new states."""
         return {answer.client: answer.state for answer in self.answers}
+
+    def at_once(self, client: int) -> bool:
+        """Says whether this client's update would be added right away and not kept, so that it need not outlive `add`."""
+        return not self.collect and self._first is not None and self._order[self._next] == client
 
     def add(self, result: Result) -> None:
         """Takes one result; adds it, and those that waited for it, when its turn has come."""
@@ -162,8 +167,9 @@ class Setting:
     seed: int
     constants: Tree = ()
 
+    @cached_property
     def draws(self) -> dict[str, Draw]:
-        """Returns all draws of a training step: the algorithm's, the Dropout layers', the augmentation's."""
+        """All draws of a training step: the algorithm's, the Dropout layers', the augmentation's."""
         size = self.work.batch_size
         return {
             **self.algorithm.draws(self.task, size),
@@ -173,7 +179,7 @@ class Setting:
 
     def plans(self, round: Round, trained: int, ids: Sequence[int]) -> dict[int, Plan]:
         """Returns the plan of each client that has at least one step."""
-        draws = self.draws() if round.phase.local else {}
+        draws = self.draws if round.phase.local else {}
         plans = {
             i: make_plan(self.seed, round.index, trained, i, self.data.owners[i], self.work, draws, round.phase.local)
             for i in ids
@@ -194,6 +200,8 @@ class Setting:
         """Returns a client's state: the kept one, or the initial one at its first participation."""
         if client in states:
             return trees.tree_map(lambda t: t.to(self.task.device), states[client])
+        if type(self.algorithm).init_client is Algorithm.init_client:  # a generator costs as much as a small step
+            return ()
         return self.algorithm.init_client(ctx, message, generator(self.seed, Stream.CLIENT, client))
 
 
@@ -291,7 +299,7 @@ def check_result(result: Result, losses: Tensor | None, round: Round) -> Result:
     where = f"client {result.client} in round {round.index}"
     remedy = ("Lower algorithm.optimizer.lr, set algorithm.optimizer.clip (for example 5), or look for bad inputs "
               "(fedtail inspect).")  # fmt: skip
-    if losses is not None and not bool(torch.isfinite(losses).all()):
+    if losses is not None and not math.isfinite(float(losses.sum())) and not bool(torch.isfinite(losses).all()):
         step = int((~torch.isfinite(losses)).nonzero()[0])
         raise TrainingError(f"The loss is {float(losses[step])} on {where}, at local step {step}. {remedy}")
     if not trees.all_finite(result.update):

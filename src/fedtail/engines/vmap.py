@@ -25,11 +25,11 @@ class VmapEngine(Engine):
 
     name = "vmap"
 
-    def __init__(self, setting: Setting, chunk: int = 32):
+    def __init__(self, setting: Setting, chunk: int):
         super().__init__(setting)
         self._worker = setting.task.worker("vmap")
         self._chunk = chunk
-        self._per_example = {name for name, draw in setting.draws().items() if draw.per_example}
+        self._per_example = {name for name, draw in setting.draws.items() if draw.per_example}
 
     def cohort(self, round: Round, trained: int, message: Tree, states: Mapping[int, Tree], plans: Mapping[int, Plan],
                sink: Sink) -> None:  # fmt: skip
@@ -93,6 +93,9 @@ class VmapEngine(Engine):
                 Context(self._worker, round, setting.constants, client), message, state, local, batch
             )
 
+        stacked = torch.vmap(step, randomness="error")
+        if setting.task.execution.compile:
+            stacked = torch.compile(stacked)
         sums, rows = dict[str, Tensor](), list[tuple[int, Tensor, Tensor]]()
         for k in range(len(plans[0].lengths)):
             for live in self._groups(plans, k):
@@ -102,7 +105,7 @@ class VmapEngine(Engine):
                 whole = len(live) == len(plans)
                 take = (lambda t: t) if whole else (lambda t, index=index: t.index_select(0, index))
                 part = [trees.tree_map(take, tree) for tree in (clients, kept, local)]
-                new, metrics = torch.vmap(step, randomness="error")(*part, columns, mask, draws)
+                new, metrics = stacked(*part, columns, mask, draws)
                 local = new if whole else trees.tree_map(
                     lambda old, rows, index=index: old.index_copy(0, index, rows), local, new
                 )  # fmt: skip
