@@ -19,6 +19,7 @@ from fedtail.algorithms.creff import CReFF
 from fedtail.algorithms.crt import CRT
 from fedtail.algorithms.eqlv2 import EQLv2
 from fedtail.algorithms.feddyn import FedDyn
+from fedtail.algorithms.fedloge import FedLoGe
 from fedtail.algorithms.fednova import FedNova
 from fedtail.algorithms.fedopt import FedOpt
 from fedtail.algorithms.fedrl import FedRL
@@ -58,6 +59,18 @@ CHOICES = [
     PostHoc(prediction="logit_adjustment", tau=0.5, prior="given", given=(3.0, 2.0, 1.0)),
     CRT(retrain_rounds=3),
     CCVR(per_class=50, retrain_lr=0.01, retrain_steps=7),
+    FedLoGe(
+        sparsity=0.5,
+        norm=0.2,
+        etf_steps=5,
+        etf_lr=0.01,
+        fixed_bias=True,
+        generic_head="raw",
+        personal_head="private",
+        constant=1.7,
+        bias="keep",
+        personal_bias="private",
+    ),
     CReFF(features_per_class=9, match_lr=0.2, match_steps=8, retrain_lr=0.02, retrain_steps=6),
     fedtail.FedAvg(loss=Focal(gamma=1.0)),
     fedtail.FedAvg(loss=ClassWeighted(by="effective", beta=0.99)),

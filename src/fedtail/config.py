@@ -105,6 +105,8 @@ class Evaluation:
     """Overall accuracies in (0, 1] whose first round `compare` reports; fixed before the run, as part of it."""
     batch_size: int = 500
     """Images in an evaluation batch."""
+    label_mask: Literal["none", "train", "test"] = "none"
+    """Classes that a prediction on a client's local test set may name: all, those of its training data, or of that set."""
     keep: Literal["last", "best"] = "last"
     """"best" also keeps the checkpoint with the highest balanced accuracy on the validation split."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtail.algorithm import Client, Context, Round
+from fedtail.algorithm import Algorithm, Client, Context, Round
 from fedtail.config import Evaluation
 from fedtail.data.federated import FederatedData
 from fedtail.data.lazy import Column
@@ -38,6 +38,14 @@ def local_groups(rule: GroupRule, data: FederatedData) -> list[ShotGroups] | Sho
 def confusion(true: Counts, predicted: Counts, classes: int) -> Counts:
     """Returns counts [classes, classes]: row = true class, column = predicted class."""
     return np.bincount(true * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+MASKS = {
+    "none": "",
+    "train": ", among the classes of the client's training data",
+    "test": ", among the classes of that part",
+}
+"""What a label mask adds to the name of a local test set."""
 
 
 @dataclass(frozen=True)
@@ -70,33 +78,41 @@ class Judge:
         return found
 
     def _test(self) -> dict[str, Any]:
-        data, rule, algorithm = self.engine.setting.data, self.options.groups, self.engine.setting.algorithm
+        algorithm = self.engine.setting.algorithm
+        others = {name: self._reading(other) for name, other in algorithm.readings().items()}
+        return {**self._reading(algorithm), **({"readings": others} if others else {})}
+
+    def _reading(self, algorithm: Algorithm) -> dict[str, Any]:
+        """Returns the scores of one way to predict."""
+        data, rule, mask = self.engine.setting.data, self.options.groups, self.options.label_mask
         true = data.test["y"].numpy(force=True)
-        labels = self.generic(data.test["x"], np.arange(len(true)))
+        labels = self.generic(algorithm, data.test["x"], np.arange(len(true)))
         found = {"test": self._global(f"global test set, {len(true)} examples", true, labels)}
-        if self.options.local:
-            groups = local_groups(rule, data)
-            sets = {"local": [labels[rows] for rows in data.local_tests]}
-            if algorithm.personal:
-                sets["personal"] = self.personal()
-            for name, each in sets.items():
-                pairs = zip(data.local_tests, each, strict=True)
-                counts = np.stack([confusion(true[rows], p, data.num_classes) for rows, p in pairs])
-                found[name] = {"test_set": "each client's matched part of the test set", "groups": rule.describe(),
-                               **client_spread(counts, groups)}  # fmt: skip
+        if not self.options.local:
+            return found
+        sets = {"local": [labels[rows] for rows in data.local_tests] if mask == "none" else self.each(algorithm, False)}
+        if algorithm.personal:
+            sets["personal"] = self.each(algorithm, True)
+        for name, each in sets.items():
+            pairs = zip(data.local_tests, each, strict=True)
+            counts = np.stack([confusion(true[rows], p, data.num_classes) for rows, p in pairs])
+            found[name] = {"test_set": f"each client's matched part of the test set{MASKS[mask]}",
+                           "groups": rule.describe(), **client_spread(counts, local_groups(rule, data))}  # fmt: skip
         return found
 
     def _rows(self, what: str, rows: Counts) -> dict[str, Any]:
         columns = self.engine.setting.data.columns
         true = columns["y"][torch.from_numpy(rows)].numpy(force=True)
-        return self._global(f"{what}, {len(rows)} examples", true, self.generic(columns["x"], rows))
+        return self._global(
+            f"{what}, {len(rows)} examples", true, self.generic(self.engine.setting.algorithm, columns["x"], rows)
+        )
 
     def _global(self, what: str, true: Counts, labels: Counts) -> dict[str, Any]:
         data, rule = self.engine.setting.data, self.options.groups
         counts = confusion(true, labels, data.num_classes)
         return {"test_set": what, "groups": rule.describe(), **from_confusion(counts, shot_groups(rule, data))}
 
-    def generic(self, x: Column, rows: Counts) -> Counts:
+    def generic(self, algorithm: Algorithm, x: Column, rows: Counts) -> Counts:
         """Returns the generic model's labels for these rows (n,) of raw inputs x [N, ...], int64 (n,)."""
         setting = self.engine.setting
 
@@ -104,29 +120,29 @@ class Judge:
             with torch.no_grad(), blame("predict"):
                 ctx = Context(worker, self.round, self.constants, None)
                 inputs = setting.data.prepare(x.index_select(0, part), setting.task.dtype)
-                return setting.algorithm.predict(ctx, self.message, None, inputs).argmax(1)
+                return algorithm.predict(ctx, self.message, None, inputs).argmax(1)
 
         parts = torch.from_numpy(rows).to(setting.task.device).split(self.options.batch_size)
         return torch.cat(self.engine.map_batches(one, parts)).numpy(force=True)
 
-    def personal(self) -> list[Counts]:
-        """Returns each client's own model's labels for its local test set."""
+    def each(self, algorithm: Algorithm, personal: bool) -> list[Counts]:
+        """Returns labels for every client's local test set, by its own model or the generic one, under the label mask."""
         setting = self.engine.setting
         data, dtype, device = setting.data, setting.task.dtype, setting.task.device
         held = data.counts()
+        allowed = {"none": np.ones_like(held), "train": held, "test": data.test_counts()}[self.options.label_mask] > 0
 
         def one(worker: Worker, number: int) -> Counts:
             rows = torch.from_numpy(data.local_tests[number]).to(device)
             counts = torch.from_numpy(held[number]).to(device, dtype)
             client = Client(torch.tensor(number, device=device), counts.sum(), counts, torch.zeros_like(counts[0]))
-            ctx = Context(worker, self.round, self.constants, client)
+            ctx = Context(worker, self.round, self.constants, client if personal else None)
+            closed = torch.from_numpy(~allowed[number]).to(device)
             with torch.no_grad(), blame("predict"):
-                state = setting.state(ctx, self.message, self.states, number)
+                state = setting.state(ctx, self.message, self.states, number) if personal else None
                 inputs = (data.test["x"].index_select(0, part) for part in rows.split(self.options.batch_size))
-                labels = [
-                    setting.algorithm.predict(ctx, self.message, state, data.prepare(x, dtype)).argmax(1)
-                    for x in inputs
-                ]
+                scores = (algorithm.predict(ctx, self.message, state, data.prepare(x, dtype)) for x in inputs)
+                labels = [z.masked_fill(closed, -torch.inf).argmax(1) for z in scores]
             return torch.cat(labels).numpy(force=True)
 
         return self.engine.map_batches(one, range(data.clients))

@@ -228,7 +228,7 @@ def test_the_configuration_survives_json_and_toml(case):
 def resumable(case, **changes):
     """A small experiment on data that a run folder can name."""
     values = dict(
-        rounds=4, algorithm=CASES[case], model=MLP(hidden=(5,)), local=LocalWork(steps=2, batch_size=8),
+        rounds=4, algorithm=CASES[case], model=MLP(hidden=(12,)), local=LocalWork(steps=2, batch_size=8),
         data=Data(longtail=Exponential(factor=50.0), partition=DirichletMultinomial(clients=5), server=2, validation=2),
         participation=Participation(clients=3), evaluation=Evaluation(every=2, keep="best"), engine=LOOP,
     )  # fmt: skip

@@ -14,6 +14,7 @@ ALGORITHMS: dict[str, str] = {
     "creff": "fedtail.algorithms.creff:CReFF",
     "post_hoc": "fedtail.algorithms.posthoc:PostHoc",
     "fedgrab": "fedtail.algorithms.fedgrab:FedGraB",
+    "fedloge": "fedtail.algorithms.fedloge:FedLoGe",
     "eqlv2": "fedtail.algorithms.eqlv2:EQLv2",
 }
 """From the name used in configurations to module:Class."""
