@@ -717,6 +717,7 @@ def test_autocast_leaves_float64_alone_and_is_refused_there():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler, about torch.jit
 def test_compiled_is_the_same_to_rounding():
     _, plain = server_after_a_step(EngineOptions(name="loop"), dtype="float64")
     _, other = server_after_a_step(EngineOptions(name="loop", compile=True), dtype="float64")
