@@ -62,7 +62,7 @@ class Contestant:
 
     def __init__(self, python: str | Path, words: list[str], workload: Path):
         command = [str(python), str(HERE / "peers" / words[0]), str(workload), *words[1:]]
-        quiet = {"OMP_WAIT_POLICY": "passive", "FLWR_TELEMETRY_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
+        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
@@ -91,11 +91,11 @@ class Contestant:
         return samples / total, total / rounds
 
     def memory(self) -> float:
-        """Returns the peak memory in MiB of the process and all that it has started, each with its private pages alone."""
+        """Returns the memory in MiB of the process and all that it has started; what several share counts once (PSS)."""
         total = 0
         for pid in family(self.process.pid):
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                total += int(line.split()[1]) if line.startswith("Private_") else 0
+                total += int(line.split()[1]) if line.startswith("Pss:") else 0
         return total / 1024
 
     def close(self) -> None:

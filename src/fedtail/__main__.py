@@ -5,6 +5,9 @@ import sys
 
 from fedtail.cli import main
 
-if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+if "TORCHELASTIC_RUN_ID" in os.environ:  # else torch is not wanted yet
+    from fedtail.engines.distributed import rank
+
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 main()

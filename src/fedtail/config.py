@@ -148,7 +148,7 @@ class Experiment:
     dtype: Literal["float32", "float64"] = "float32"
     """Of parameters and inputs."""
     autocast: bool = False
-    """Runs the network in bfloat16 where torch's autocast does so: faster on some machines, other results (docs/speed.md)."""
+    """Runs the network in bfloat16 where torch's autocast does so: faster on some machines, other results."""
     device: str = "cpu"
     """Where training happens: cpu, cuda, cuda:1."""
 

@@ -18,7 +18,7 @@ import torch
 
 from fedtail import config, runs
 from fedtail.algorithm import Context, Phase, Round
-from fedtail.checkpoint import Snapshot, load_checkpoint, save_checkpoint
+from fedtail.checkpoint import Snapshot, load_checkpoint, read_meta, save_checkpoint
 from fedtail.config import Experiment
 from fedtail.data.federated import FederatedData
 from fedtail.data.members import Members
@@ -82,7 +82,7 @@ class Federation:
             self.counts = torch.from_numpy(self.data.class_totals()).to(self.task.device, self.task.dtype)
         shot_groups(experiment.evaluation.groups, self.data)  # a rule that does not fit is refused before training
         self.round, self.stage, self.best = 0, 0, -1.0
-        self.states = ClientStates(experiment.engine.states_mib << 20)
+        self.states = ClientStates(experiment.engine.states_bytes())
         with one_thread(), blame("constants"):
             self.constants = self.algorithm.constants(self.task, generator(experiment.seed, Stream.CONSTANTS))
         self.engine = self._engine()
@@ -112,8 +112,7 @@ class Federation:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continues from a checkpoint."""
-        self.server = snapshot.server
-        self.states.update(snapshot.clients)
+        self.server, self.states = snapshot.server, ClientStates.of(snapshot.clients)
         self.round, self.best = snapshot.meta["round"], snapshot.meta["best"]
         self._set_stage(snapshot.meta["stage"])
 
@@ -314,8 +313,7 @@ def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
     experiment = config.load(path)
     check_device(experiment.device)
     belongs = config.fingerprint(experiment), experiment.device
-    limit = experiment.engine.states_mib << 20
-    snapshot = load_checkpoint(path / f"{checkpoint}.safetensors", *belongs, limit)
+    snapshot = load_checkpoint(path / f"{checkpoint}.safetensors", *belongs, experiment.engine.states_bytes())
     kept = path / "initial.safetensors"  # an older run with `start` has none and needs the run that it starts from
     initial: Any = load_checkpoint(kept, *belongs).server if kept.is_file() else None
     federation = Federation(experiment, initial=initial)
@@ -344,10 +342,11 @@ def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult
     with contextlib.closing(federation), runs.locked(path) if path else contextlib.nullcontext():
         size = 0
         if path is not None:
-            latest = load_checkpoint(path / "checkpoint.safetensors", device=experiment.device)
-            if latest.meta["round"] != federation.round:  # another process went on before we had the lock
-                federation.restore(latest)
-            size = latest.meta["metrics_bytes"]
+            file, limit = path / "checkpoint.safetensors", experiment.engine.states_bytes()
+            latest = read_meta(file)
+            if latest["round"] != federation.round:  # another process went on before we had the lock
+                federation.restore(load_checkpoint(file, device=experiment.device, limit=limit))
+            size = latest["metrics_bytes"]
             runs.truncate_metrics(path, size)
         while federation.round < experiment.rounds:
             start = time.perf_counter()

@@ -41,6 +41,10 @@ class EngineOptions:
             raise ConfigError("engine: workers and states_mib must be >= 0 and chunk >= 1, got "
                               f"{self.workers}, {self.states_mib} and {self.chunk}.")  # fmt: skip
 
+    def states_bytes(self) -> int:
+        """Returns the most bytes of client states to hold in memory."""
+        return self.states_mib << 20
+
     def cores(self) -> int:
         """Returns the number of threads to use."""
         own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedtail import trees
 from fedtail.algorithm import Client, Round
@@ -31,9 +30,7 @@ WATCH = 1.0  # seconds after which an idle worker looks whether its parent still
 
 def pack(tree: Tree) -> Any:
     """Returns the tree with arrays for tensors, fit to be sent."""
-    if isinstance(tree, Tensor):
-        return tree.detach().cpu().numpy()
-    return trees.rebuild(tree, [pack(child) for _, child in trees.items(tree)])
+    return trees.tree_map(lambda t: t.detach().cpu().numpy(), tree)
 
 
 def unpack(tree: Any) -> Tree:
@@ -46,11 +43,11 @@ def unpack(tree: Any) -> Tree:
 def serve(setting: Setting, donate: bool, pipe: Connection, parent: int) -> None:
     """Runs clients as they are asked for, until told to stop or the parent is gone.
 
-    It is told ("round", round, counts, trained, message) once, then ("client", index, its kept state or None) for each.
+    It is told ("round", round, counts, message) once, then ("client", index, its plan, its kept state or None) for each.
     """
     torch.set_num_threads(1)
     worker = setting.task.worker("eager", donate)
-    round, trained, message = Round(0, *[None] * 4), 0, ()  # type: ignore[arg-type]
+    round, message = Round(0, *[None] * 4), ()  # type: ignore[arg-type]
     while True:
         while not pipe.poll(WATCH):
             if os.getppid() != parent:
@@ -59,21 +56,25 @@ def serve(setting: Setting, donate: bool, pipe: Connection, parent: int) -> None
         if kind == "stop":
             return
         if kind == "round":
-            bare, counts, trained, message = rest
+            bare, counts, message = rest
             round, message = bare._replace(counts=None if counts is None else unpack(counts)), unpack(message)
             continue
-        number, state = rest
+        number, plan, state = rest
         try:
-            plans = setting.plans(round, trained, [number])
-            client = Client(*(value[0] for value in setting.clients(plans)))
+            client = Client(*(value[0] for value in setting.clients({number: plan})))
             states = {} if state is None else {number: unpack(state)}
-            result = run_client(setting, worker, round, client, message, states, plans[number])
+            result = run_client(setting, worker, round, client, message, states, plan)
             update, kept, metrics = pack(result.update), pack(result.state), pack(result.metrics)
             pipe.send(result._replace(update=update, state=kept, metrics=metrics))
         except FedtailError as error:
             pipe.send(error)
         except Exception as error:
             pipe.send(TrainingError(f"Client {number} failed in round {round.index}: {type(error).__name__}: {error}"))
+
+
+def _gone(who: str) -> TrainingError:
+    return TrainingError(f"{who} ended without an answer (killed, often for want of memory). Lower engine.workers; "
+                         "`fedtail resume` continues the run.")  # fmt: skip
 
 
 class ProcessEngine(Engine):
@@ -119,12 +120,13 @@ class ProcessEngine(Engine):
         def give(pipe: Connection) -> None:
             if todo:
                 number = busy[pipe] = todo.popleft()
-                self._send(pipe, "client", number, pack(states[number]) if number in states else None)
+                state = pack(states[number]) if number in states else None
+                self._send(pipe, "client", number, plans[number], state)
 
         try:
-            counts = None if round.counts is None else pack(round.counts)
+            counts, packed = None if round.counts is None else pack(round.counts), pack(message)
             for _, pipe in self._pool:
-                self._send(pipe, "round", round._replace(counts=None), counts, trained, pack(message))
+                self._send(pipe, "round", round._replace(counts=None), counts, packed)
                 give(pipe)
             while busy:
                 for pipe in wait([*busy]):
@@ -138,8 +140,7 @@ class ProcessEngine(Engine):
         try:
             pipe.send(what)
         except OSError as error:
-            raise TrainingError(f"A worker process is gone ({error}): it ended without an answer (killed, often for want of "
-                                "memory). Lower engine.workers; `fedtail resume` continues the run.") from error  # fmt: skip
+            raise _gone("A worker process") from error
         except (AttributeError, TypeError, ValueError) as error:
             raise TrainingError(
                 f"What the clients need cannot be sent to another process: {error}. Define the NamedTuples of messages and "
@@ -151,10 +152,7 @@ class ProcessEngine(Engine):
         try:
             answer = pipe.recv()
         except (EOFError, OSError) as error:
-            raise TrainingError(
-                f"The process that trained client {number} in round {round.index} ended without an answer (killed, often for "
-                "want of memory). Lower engine.workers; `fedtail resume` continues the run."
-            ) from error
+            raise _gone(f"The process that trained client {number} in round {round.index}") from error
         if isinstance(answer, FedtailError):
             raise answer
         parts = (unpack(answer.update), unpack(answer.state), unpack(answer.metrics))
