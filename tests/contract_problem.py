@@ -317,6 +317,8 @@ def _cases() -> dict[str, Algorithm]:
             found[name] = cls(optimizer=PLAIN, per_class=7, retrain_steps=3)
         elif name == "creff":
             found[name] = cls(optimizer=PLAIN, features_per_class=3, match_steps=2, retrain_steps=3)
+        elif name == "fedloge":  # four features for four classes: a dense frame
+            found[name] = cls(optimizer=PLAIN, sparsity=0.0, norm=0.5, etf_steps=3)
         elif name == "climb":  # weights that move within three rounds
             found[name] = cls(optimizer=PLAIN, lr_dual=30.0, eps=0.1, period=2)
         else:

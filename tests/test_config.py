@@ -13,15 +13,27 @@ from hypothesis import strategies as st
 import fedtail
 from fedtail import config
 from fedtail.algorithm import Algorithm
+from fedtail.algorithms.apfl import APFL
 from fedtail.algorithms.ccvr import CCVR
 from fedtail.algorithms.climb import CLIMB
 from fedtail.algorithms.creff import CReFF
 from fedtail.algorithms.crt import CRT
+from fedtail.algorithms.ditto import Ditto
 from fedtail.algorithms.eqlv2 import EQLv2
+from fedtail.algorithms.fedbabu import FedBABU
+from fedtail.algorithms.fedbn import FedBN
 from fedtail.algorithms.feddyn import FedDyn
+from fedtail.algorithms.fedetf import FedETF
+from fedtail.algorithms.fedloge import FedLoGe
 from fedtail.algorithms.fednova import FedNova
 from fedtail.algorithms.fedopt import FedOpt
+from fedtail.algorithms.fedper import FedPer
+from fedtail.algorithms.fedproto import FedProto
+from fedtail.algorithms.fedrep import FedRep
 from fedtail.algorithms.fedrl import FedRL
+from fedtail.algorithms.fedrod import FedROD
+from fedtail.algorithms.lg_fedavg import LGFedAvg
+from fedtail.algorithms.pfedme import PFedMe
 from fedtail.algorithms.posthoc import PostHoc
 from fedtail.config import REGISTRIES, Data, Evaluation, Experiment, Participation, from_dict, to_dict
 from fedtail.data import longtail, partition
@@ -58,6 +70,29 @@ CHOICES = [
     PostHoc(prediction="logit_adjustment", tau=0.5, prior="given", given=(3.0, 2.0, 1.0)),
     CRT(retrain_rounds=3),
     CCVR(per_class=50, retrain_lr=0.01, retrain_steps=7),
+    FedLoGe(
+        sparsity=0.5,
+        norm=0.2,
+        etf_steps=5,
+        etf_lr=0.01,
+        fixed_bias=True,
+        generic_head="raw",
+        personal_head="private",
+        constant=1.7,
+        bias="keep",
+        personal_bias="private",
+    ),
+    FedPer(share_private=True),
+    FedRep(head_share=0.25, share_private=True),
+    LGFedAvg(share_private=True),
+    FedBN(share_private=True),
+    FedBABU(tune="all"),
+    FedETF(dimension=16, temperature=10.0, tune_share=0.2, loss=BalancedSoftmax(gamma=0.5)),
+    Ditto(lam=1.0),
+    PFedMe(lam=5.0, inner_steps=3, lr_shared=0.1, server_lr=0.5),
+    APFL(mix=0.25, adaptive="batch"),
+    FedROD(loss=Focal(gamma=1.0)),
+    FedProto(lam=0.1, prediction="classifier"),
     CReFF(features_per_class=9, match_lr=0.2, match_steps=8, retrain_lr=0.02, retrain_steps=6),
     fedtail.FedAvg(loss=Focal(gamma=1.0)),
     fedtail.FedAvg(loss=ClassWeighted(by="effective", beta=0.99)),
@@ -243,7 +278,13 @@ def test_the_fingerprint_changes_with_every_field(experiment):
     changed = dict(variants(experiment))
     assert len({config.fingerprint(e) for e in (experiment, *changed.values())}) == 1 + len(changed)
     # No other value of these is possible beside the other fields: "best" without a validation split, and so on.
-    alone = {"evaluation.keep", "algorithm.optimizer.nesterov", "data.partition.min_size", "autocast"}
+    alone = {
+        "evaluation.keep",
+        "evaluation.finetune.epochs",
+        "algorithm.optimizer.nesterov",
+        "data.partition.min_size",
+        "autocast",
+    }
     assert set(leaves(experiment)) - set(changed) <= alone
     for other in changed.values():
         assert from_dict(Experiment, to_dict(other)) == other

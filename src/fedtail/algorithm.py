@@ -194,6 +194,10 @@ class Algorithm(ABC):
         """Returns logits [batch, classes] of the generic model (client None) or of a client's own; default: of `variables`."""
         return ctx.task.apply(self.variables(ctx, message, client), x, train=False)[0]
 
+    def readings(self) -> Mapping[str, "Algorithm"]:
+        """Returns the method with other settings of its prediction, by name: each evaluation judges them too."""
+        return {}
+
     def variables(self, ctx: Context, message: Any, client: Tree | None) -> Variables:
         """Returns the plain network's variables, for export; default: the message itself, or its field `model`."""
         return message if isinstance(message, Variables) else message.model

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import tomli_w
 
 from fedtail.algorithm import Algorithm
@@ -27,11 +28,13 @@ from fedtail.data.partition import PARTITIONS, DirichletMultinomial, Partition
 from fedtail.data.plan import LocalWork
 from fedtail.engines import EngineOptions
 from fedtail.errors import ConfigError, did_you_mean
+from fedtail.evaluate import Evaluation
 from fedtail.losses import LOSSES, Loss
-from fedtail.metrics import GROUP_RULES, Cumulative, GroupRule
+from fedtail.metrics import GROUP_RULES, GroupRule
 from fedtail.models.specs import MLP, MODELS, ModelSpec, UserModel
 from fedtail.optim import OPTIMIZERS, Optimizer
 from fedtail.schedule import SCHEDULES, Constant, Schedule
+from fedtail.seeds import Stream, generator
 from fedtail.userfile import run_file, split_target, user_module
 
 
@@ -76,43 +79,29 @@ class Participation:
     """Share of the population, in (0, 1]; max(floor(fraction * clients), 1) clients are drawn."""
     clients: int = 0
     """Number of clients instead of a share; 0 = use the share."""
+    newcomers: int = 0
+    """Number of clients that hold data but join after training: they never take part and are judged apart."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1 or self.clients < 0:
-            raise ConfigError(
-                f"participation: fraction must be in (0, 1] and clients >= 0, got {self.fraction} and {self.clients}."
-            )
+        if not 0 < self.fraction <= 1 or min(self.clients, self.newcomers) < 0:
+            raise ConfigError("participation: fraction must be in (0, 1], clients and newcomers >= 0; "
+                              f"got {self.fraction}, {self.clients} and {self.newcomers}.")  # fmt: skip
 
     def size(self, population: int) -> int:
         """Returns the cohort's size."""
         # 0.29 * 100 comes out as 28.99...: the margin is far above rounding and far below 1.
         return min(self.clients, population) if self.clients else max(int(self.fraction * population + 1e-9), 1)
 
+    def late(self, holders: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
+        """Returns the newcomers among the clients that hold a batch, both int64 in ascending order.
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """When and how a model is judged."""
-
-    every: int = 1
-    """Rounds between two evaluations; the last round is always evaluated."""
-    groups: GroupRule = Cumulative()
-    """What head, medium and tail mean."""
-    local: bool = True
-    """Judge on each client's matched local test set too."""
-    drift: bool = False
-    """Also measure how far the clients' updates lie from their mean; costs a few passes over each update."""
-    targets: tuple[float, ...] = ()
-    """Overall accuracies in (0, 1] whose first round `compare` reports; fixed before the run, as part of it."""
-    batch_size: int = 500
-    """Images in an evaluation batch."""
-    keep: Literal["last", "best"] = "last"
-    """"best" also keeps the checkpoint with the highest balanced accuracy on the validation split."""
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.batch_size < 1:
-            raise ConfigError(f"evaluation: every and batch_size must be >= 1, got {self.every} and {self.batch_size}.")
-        if not all(0 < target <= 1 for target in self.targets):
-            raise ConfigError(f"evaluation.targets must be accuracies in (0, 1], got {list(self.targets)}.")
+        Raises:
+            ConfigError: nobody would be left to train.
+        """
+        if self.newcomers >= len(holders):
+            raise ConfigError(f"participation.newcomers = {self.newcomers} leaves nobody to train: {len(holders)} clients hold "
+                              "a batch. Lower it.")  # fmt: skip
+        return np.sort(generator(seed, Stream.NEWCOMERS).choice(holders, self.newcomers, replace=False))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,25 +1,58 @@
 """Judging a model: predictions become confusion counts, and every reported number comes from sums of those."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedtail.algorithm import Client, Context, Round
-from fedtail.config import Evaluation
+from fedtail.algorithm import Algorithm, Client, Context, Phase, Round
 from fedtail.data.federated import FederatedData
 from fedtail.data.lazy import Column
-from fedtail.engines.base import Engine, blame
-from fedtail.errors import ConfigError
-from fedtail.metrics import GroupRule, ShotGroups, client_spread, from_confusion
+from fedtail.data.members import Members
+from fedtail.engines.base import Engine, Sink, blame
+from fedtail.errors import ConfigError, TrainingError
+from fedtail.metrics import Cumulative, GroupRule, ShotGroups, client_spread, from_confusion
+from fedtail.personalise import PIECE, Finetune
 from fedtail.task import Worker
 from fedtail.trees import Tree
 
 Split = Literal["all", "test", "validation", "train"]
 Counts = np.ndarray[Any, Any]  # int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """When and how a model is judged."""
+
+    every: int = 1
+    """Rounds between two evaluations; the last round is always evaluated."""
+    groups: GroupRule = Cumulative()
+    """What head, medium and tail mean."""
+    local: bool = True
+    """Judge on each client's matched local test set too."""
+    drift: bool = False
+    """Also measure how far the clients' updates lie from their mean; costs a few passes over each update."""
+    targets: tuple[float, ...] = ()
+    """Overall accuracies in (0, 1] whose first round `compare` reports; fixed before the run, as part of it."""
+    batch_size: int = 500
+    """Images in an evaluation batch."""
+    label_mask: Literal["none", "train", "test"] = "none"
+    """Classes that a prediction on a client's local test set may name: all, those of its training data, or of that set."""
+    finetune: Finetune = Finetune()
+    """Whether the model is also judged after tuning on each client's own data."""
+    keep: Literal["last", "best"] = "last"
+    """"best" also keeps the checkpoint with the highest balanced accuracy on the validation split."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.batch_size < 1:
+            raise ConfigError(f"evaluation: every and batch_size must be >= 1, got {self.every} and {self.batch_size}.")
+        if not all(0 < target <= 1 for target in self.targets):
+            raise ConfigError(f"evaluation.targets must be accuracies in (0, 1], got {list(self.targets)}.")
+        if self.finetune.epochs and not self.local:
+            raise ConfigError("evaluation.finetune is judged on the local test sets: set evaluation.local = true.")
 
 
 def shot_groups(rule: GroupRule, data: FederatedData) -> ShotGroups:
@@ -40,6 +73,14 @@ def confusion(true: Counts, predicted: Counts, classes: int) -> Counts:
     return np.bincount(true * classes + predicted, minlength=classes * classes).reshape(classes, classes)
 
 
+MASKS = {
+    "none": "",
+    "train": ", among the classes of the client's training data",
+    "test": ", among the classes of that part",
+}
+"""What a label mask adds to the name of a local test set."""
+
+
 @dataclass(frozen=True)
 class Judge:
     """One model (a message and the clients' states), judged on whatever the engine runs on."""
@@ -50,12 +91,13 @@ class Judge:
     message: Tree
     states: Mapping[int, Tree]
     options: Evaluation
+    newcomers: Counts  # clients that never take part, (number,); they are judged apart
 
     def scores(self, split: Split) -> dict[str, Any]:
         """Returns the scores of a split by name; each names its test set and its rule for the shot groups.
 
-        "test" brings "local" (each client's matched part of the test set) and, for methods with personal models,
-        "personal" (the same sets, each client's own model). "all" is test, and validation where there is one.
+        "test" brings "local" (each client's matched part of the test set), "newcomers" (the same for those) and, for methods
+        with personal models, "personal" (each client's own model). "all" is test, and validation where there is one.
         """
         data = self.engine.setting.data
         if split == "validation" and not len(data.validation):
@@ -66,37 +108,91 @@ class Judge:
         if split in ("all", "validation") and len(data.validation):
             found["validation"] = self._rows("validation split", data.validation)
         if split == "train":
-            found["train"] = self._rows("training examples of all clients", np.concatenate(list(data.owners)))
+            held = [rows for k, rows in enumerate(data.owners) if k not in self.newcomers]
+            found["train"] = self._rows("training examples of all clients", np.concatenate(held))
         return found
 
     def _test(self) -> dict[str, Any]:
-        data, rule, algorithm = self.engine.setting.data, self.options.groups, self.engine.setting.algorithm
+        algorithm = self.engine.setting.algorithm
+        others = {name: self._reading(other) for name, other in algorithm.readings().items()}
+        return {**self._reading(algorithm), **({"readings": others} if others else {})}
+
+    def _reading(self, algorithm: Algorithm) -> dict[str, Any]:
+        """Returns the scores of one way to predict."""
+        data = self.engine.setting.data
+        everyone = range(data.clients)
         true = data.test["y"].numpy(force=True)
-        labels = self.generic(data.test["x"], np.arange(len(true)))
+        labels = self.generic(algorithm, data.test["x"], np.arange(len(true)))
         found = {"test": self._global(f"global test set, {len(true)} examples", true, labels)}
-        if self.options.local:
-            groups = local_groups(rule, data)
-            sets = {"local": [labels[rows] for rows in data.local_tests]}
-            if algorithm.personal:
-                sets["personal"] = self.personal()
-            for name, each in sets.items():
-                pairs = zip(data.local_tests, each, strict=True)
-                counts = np.stack([confusion(true[rows], p, data.num_classes) for rows, p in pairs])
-                found[name] = {"test_set": "each client's matched part of the test set", "groups": rule.describe(),
-                               **client_spread(counts, groups)}  # fmt: skip
+        if not self.options.local:
+            return found
+        each = (
+            [labels[rows] for rows in data.local_tests]
+            if self.options.label_mask == "none"
+            else self.each(algorithm, False, everyone)
+        )
+        found |= self._spread("local", each, "newcomers")
+        if algorithm.personal:
+            found |= self._spread("personal", self.each(algorithm, True, everyone))
+        return found
+
+    def tuned(self) -> dict[str, Any]:
+        """Lets every client that is judged tune the message, a piece of them at a time; returns the scores of what comes out.
+
+        The engine's algorithm is a `Tuning`. Batches are those of the round behind the last one, which no training has. A
+        client without a batch keeps the message's model.
+
+        Raises:
+            TrainingError: a client's loss is not finite.
+        """
+        data, work = self.engine.setting.data, self.engine.setting.work
+        able = (work.count(Members.of(data.owners).sizes) > 0) & (Members.of(data.local_tests).sizes > 0)
+        some, rest = np.flatnonzero(able), np.flatnonzero(~able).tolist()
+        labels = dict(zip(rest, self.each(self.engine.setting.algorithm, False, rest), strict=True))
+        for piece in np.array_split(some, max(-(-len(some) // PIECE), 1)):
+            labels.update(zip(piece.tolist(), self._piece(piece.tolist()), strict=True))
+        return self._spread("tuned", [labels[k] for k in range(data.clients)], "newcomers_tuned")
+
+    def _piece(self, clients: Sequence[int]) -> list[Counts]:
+        """Tunes the message on these clients and returns their labels; the tuned models live no longer than this call."""
+        setting = self.engine.setting
+        here = self.round._replace(index=self.round.rounds, phase=Phase("finetune"), lr_scale=1.0, counts=None)
+        plans = setting.plans(here, 0, clients)
+        sink = Sink(list(plans))
+        try:
+            self.engine.cohort(here, 0, self.message, {}, plans, sink)
+        except TrainingError as error:
+            raise TrainingError(f"In evaluation.finetune, which has its own lr: {error}") from error
+        return replace(self, states=sink.states).each(setting.algorithm, True, clients)
+
+    def _spread(self, name: str, labels: Sequence[Counts], apart: str = "") -> dict[str, Any]:
+        """Returns how the clients fare by these labels of their local test sets, and, as `apart`, how the newcomers do."""
+        data, rule = self.engine.setting.data, self.options.groups
+        true, groups = data.test["y"].numpy(force=True), local_groups(rule, data)
+        pairs = zip(data.local_tests, labels, strict=True)
+        counts = np.stack([confusion(true[rows], p, data.num_classes) for rows, p in pairs])
+        new = np.isin(np.arange(data.clients), self.newcomers)
+        found: dict[str, Any] = {}
+        for key, who, whose in ((name, ~new, "client"), (apart, new, "newcomer")):
+            if key and who.any():
+                own = groups if isinstance(groups, ShotGroups) else [groups[k] for k in np.flatnonzero(who)]
+                found[key] = {"test_set": f"each {whose}'s matched part of the test set{MASKS[self.options.label_mask]}",
+                              "groups": rule.describe(), **client_spread(counts[who], own)}  # fmt: skip
         return found
 
     def _rows(self, what: str, rows: Counts) -> dict[str, Any]:
         columns = self.engine.setting.data.columns
         true = columns["y"][torch.from_numpy(rows)].numpy(force=True)
-        return self._global(f"{what}, {len(rows)} examples", true, self.generic(columns["x"], rows))
+        return self._global(
+            f"{what}, {len(rows)} examples", true, self.generic(self.engine.setting.algorithm, columns["x"], rows)
+        )
 
     def _global(self, what: str, true: Counts, labels: Counts) -> dict[str, Any]:
         data, rule = self.engine.setting.data, self.options.groups
         counts = confusion(true, labels, data.num_classes)
         return {"test_set": what, "groups": rule.describe(), **from_confusion(counts, shot_groups(rule, data))}
 
-    def generic(self, x: Column, rows: Counts) -> Counts:
+    def generic(self, algorithm: Algorithm, x: Column, rows: Counts) -> Counts:
         """Returns the generic model's labels for these rows (n,) of raw inputs x [N, ...], int64 (n,)."""
         setting = self.engine.setting
 
@@ -104,29 +200,31 @@ class Judge:
             with torch.no_grad(), blame("predict"):
                 ctx = Context(worker, self.round, self.constants, None)
                 inputs = setting.data.prepare(x.index_select(0, part), setting.task.dtype)
-                return setting.algorithm.predict(ctx, self.message, None, inputs).argmax(1)
+                return algorithm.predict(ctx, self.message, None, inputs).argmax(1)
 
         parts = torch.from_numpy(rows).to(setting.task.device).split(self.options.batch_size)
         return torch.cat(self.engine.map_batches(one, parts)).numpy(force=True)
 
-    def personal(self) -> list[Counts]:
-        """Returns each client's own model's labels for its local test set."""
+    def each(self, algorithm: Algorithm, personal: bool, clients: Sequence[int]) -> list[Counts]:
+        """Returns labels for clients' local test sets, by their own models or the generic one, under the label mask."""
         setting = self.engine.setting
         data, dtype, device = setting.data, setting.task.dtype, setting.task.device
-        held = data.counts()
+        true = data.test["y"].numpy(force=True)
 
         def one(worker: Worker, number: int) -> Counts:
             rows = torch.from_numpy(data.local_tests[number]).to(device)
-            counts = torch.from_numpy(held[number]).to(device, dtype)
+            held = data.counts_of([number])[0]
+            tested = np.bincount(true[data.local_tests[number]], minlength=data.num_classes)
+            allowed = {"none": np.ones_like(held), "train": held, "test": tested}[self.options.label_mask] > 0
+            counts = torch.from_numpy(held).to(device, dtype)
             client = Client(torch.tensor(number, device=device), counts.sum(), counts, torch.zeros_like(counts[0]))
-            ctx = Context(worker, self.round, self.constants, client)
+            ctx = Context(worker, self.round, self.constants, client if personal else None)
+            closed = torch.from_numpy(~allowed).to(device)
             with torch.no_grad(), blame("predict"):
-                state = setting.state(ctx, self.message, self.states, number)
+                state = setting.state(ctx, self.message, self.states, number) if personal else None
                 inputs = (data.test["x"].index_select(0, part) for part in rows.split(self.options.batch_size))
-                labels = [
-                    setting.algorithm.predict(ctx, self.message, state, data.prepare(x, dtype)).argmax(1)
-                    for x in inputs
-                ]
+                scores = (algorithm.predict(ctx, self.message, state, data.prepare(x, dtype)) for x in inputs)
+                labels = [z.masked_fill(closed, -torch.inf).argmax(1) for z in scores]
             return torch.cat(labels).numpy(force=True)
 
-        return self.engine.map_batches(one, range(data.clients))
+        return self.engine.map_batches(one, clients)

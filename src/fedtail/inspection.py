@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +27,7 @@ def inspect(experiment: Experiment) -> dict[str, Any]:
     federation.close()
     data, work = federation.data, experiment.local
     counts = data.counts()
-    steps = work.count(Members.of(data.owners).sizes)
+    steps = work.count(np.delete(Members.of(data.owners).sizes, federation.newcomers))
     groups = shot_groups(experiment.evaluation.groups, data)
     model = trees.num_bytes(federation.task.initial)
     message = trees.num_bytes(federation.algorithm.broadcast(federation.context(), federation.server))
@@ -45,7 +46,8 @@ def inspect(experiment: Experiment) -> dict[str, Any]:
         "sources": list(data.sources),
         "clients": data.clients,
         "cohort": federation.cohort_size,
-        "clients_without_a_step": data.clients - len(federation.holders),
+        "clients_without_a_step": data.clients - len(federation.holders) - len(federation.newcomers),
+        "newcomers": federation.newcomers.tolist(),
         "class_totals": counts.sum(0).tolist(),
         "counts": counts.tolist(),
         "test_counts": data.test_counts().tolist(),
@@ -71,9 +73,11 @@ def to_text(facts: dict[str, Any]) -> str:
             console.print(line)
         console.print(_counts_table(facts))
         steps = facts["local_steps"]
+        idle = f"{facts['clients_without_a_step']} without a step"
+        idle += f", {len(facts['newcomers'])} newcomers" if facts["newcomers"] else ""
         console.print(
             f"{statistics['examples']:,} training examples on clients, {facts['unused_examples']:,} left over\n"
-            f"{facts['clients']} clients, {facts['cohort']} a round, {facts['clients_without_a_step']} without a step; "
+            f"{facts['clients']} clients, {facts['cohort']} a round, {idle}; "
             f"{steps['all']:,} local steps if all take part ({steps['min']} to {steps['max']} a client)\n"
             f"shot groups by {facts['shot_groups']['rule']}: head {facts['shot_groups']['head']}, "
             f"medium {facts['shot_groups']['medium']}, tail {facts['shot_groups']['tail']}\n"

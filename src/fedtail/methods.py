@@ -55,7 +55,10 @@ SECTIONS = (
         macro_f1=("macro-F1", "macro-F1"),
     ),
     _section("local", "Global model, local test sets", **_LOCAL),
+    _section("tuned", "Tuned models, local test sets", **_LOCAL),
     _section("personal", "Personal models, local test sets", **_LOCAL),
+    _section("newcomers", "Global model, newcomers", **_LOCAL),
+    _section("newcomers_tuned", "Tuned models, newcomers", **_LOCAL),
 )  # fmt: skip
 """The tables, each of one test set."""
 

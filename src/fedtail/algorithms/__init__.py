@@ -14,6 +14,18 @@ ALGORITHMS: dict[str, str] = {
     "creff": "fedtail.algorithms.creff:CReFF",
     "post_hoc": "fedtail.algorithms.posthoc:PostHoc",
     "fedgrab": "fedtail.algorithms.fedgrab:FedGraB",
+    "fedloge": "fedtail.algorithms.fedloge:FedLoGe",
+    "fedper": "fedtail.algorithms.fedper:FedPer",
+    "fedrep": "fedtail.algorithms.fedrep:FedRep",
+    "lg_fedavg": "fedtail.algorithms.lg_fedavg:LGFedAvg",
+    "fedbn": "fedtail.algorithms.fedbn:FedBN",
+    "fedbabu": "fedtail.algorithms.fedbabu:FedBABU",
+    "fedetf": "fedtail.algorithms.fedetf:FedETF",
+    "ditto": "fedtail.algorithms.ditto:Ditto",
+    "pfedme": "fedtail.algorithms.pfedme:PFedMe",
+    "apfl": "fedtail.algorithms.apfl:APFL",
+    "fedrod": "fedtail.algorithms.fedrod:FedROD",
+    "fedproto": "fedtail.algorithms.fedproto:FedProto",
     "eqlv2": "fedtail.algorithms.eqlv2:EQLv2",
 }
 """From the name used in configurations to module:Class."""
