@@ -23,7 +23,7 @@ LAYERS = [
     {"errors", "seeds", "trees", "files", "schedule", "metrics", "optim", "userfile", "states", "checkpoint"},
     {"models", "models.specs", "models.layers", "models.small", "models.resnet", "models.user"},
     {"task"},
-    {"algorithm", "drift", "etf", "heads", "local", "losses"},
+    {"algorithm", "drift", "etf", "geometry", "heads", "local", "losses"},
     {"algorithms", "algorithms.fedavg", "algorithms.fedprox", "algorithms.scaffold", "algorithms.fedgrab",
      "algorithms.climb", "algorithms.fedrl", "algorithms.eqlv2",
      "algorithms.fednova", "algorithms.fedopt", "algorithms.feddyn",
