@@ -12,6 +12,7 @@ of their own under benchmarks/speed/.env. All are started first; then, `--repeat
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -82,15 +83,22 @@ class Contestant:
         self.errors.seek(0)
         raise RuntimeError(self.errors.read()[-2000:])
 
+    def signal(self, what: signal.Signals) -> None:
+        """Stops or continues the process and all that it has started: Ray works a little even when nothing is asked of it."""
+        for pid in family(self.process.pid):
+            os.kill(pid, what)
+
     def turn(self, seconds: float) -> tuple[float, float]:
-        """Plays rounds for so long; returns (samples a second, seconds a round)."""
+        """Plays rounds for so long; returns (samples a second, seconds a round). Between its turns it is stopped."""
         assert self.process.stdin
+        self.signal(signal.SIGCONT)
         total = samples = rounds = 0.0
         while total < seconds:
             self.process.stdin.write("go\n")
             self.process.stdin.flush()
             answer = self._answer()
             total, samples, rounds = total + answer["seconds"], samples + answer["samples"], rounds + 1
+        self.signal(signal.SIGSTOP)
         return samples / total, total / rounds
 
     def memory(self) -> float:
@@ -104,6 +112,7 @@ class Contestant:
     def close(self) -> None:
         """Ends it."""
         assert self.process.stdin
+        self.signal(signal.SIGCONT)
         self.process.stdin.close()
         try:
             self.process.wait(60)
@@ -127,6 +136,7 @@ def measure(name: str, own: list[str], peers: list[str], repeats: int, turn: flo
         print(f"{name}: {label} starts", flush=True)
         try:
             playing[label] = Contestant(python, words, file)
+            playing[label].signal(signal.SIGSTOP)
         except RuntimeError as error:
             readings[label] = {"failed": str(error)}
             print(f"{name}: {label} does not take part:\n{error}", flush=True)
