@@ -199,7 +199,7 @@ class Setting:
     def state(
         self, ctx: Context, message: Tree, states: Mapping[int, Tree], client: int, device: torch.device | None = None
     ) -> Tree:
-        """Returns a client's state, the kept one or at its first participation the initial one, on a device (None: the task's)."""
+        """Returns a client's state, kept or (at its first participation) initial, on a device (None: the task's)."""
         if client in states:
             found = states[client]
         elif type(self.algorithm).init_client is Algorithm.init_client:  # a generator costs as much as a small step
