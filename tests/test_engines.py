@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import os
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -611,7 +613,7 @@ LIGHT = "processes" if sys.platform == "linux" else "parallel"
         (LARGE, (10,), 100, 2, LIGHT),
         (HUGE, (10,), 100, 2, "parallel"),
         (LARGE, (10,), 100, 1, "loop"),
-        (CONVOLUTION, (1, 4, 4), 100, 8, "parallel"),
+        (CONVOLUTION, (1, 4, 4), 100, 8, LIGHT),
         (CONVOLUTION, (1, 4, 4), 1, 8, "loop"),
         (SMALL, (10,), 1, 8, "loop"),
         (SMALL, (10,), 24, 1, "loop"),
@@ -829,3 +831,12 @@ def test_processes_need_a_cpu():
     elsewhere = dataclasses.replace(setting, task=dataclasses.replace(setting.task, device=torch.device("meta")))
     with pytest.raises(ConfigError, match='device = "cpu"'):
         make_engine(PROCESSES, elsewhere)
+
+
+def test_an_interrupt_of_the_whole_group_leaves_the_workers_to_their_parent():
+    with contextlib.closing(federation(FedAvg(), PROCESSES)) as running:
+        running.step()
+        for hand in running.engine._pool:
+            os.kill(hand.process.pid, signal.SIGINT)
+        running.step()
+        assert all(hand.process.is_alive() for hand in running.engine._pool)

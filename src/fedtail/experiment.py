@@ -247,7 +247,7 @@ def _takers(experiment: Experiment, data: FederatedData) -> tuple[np.ndarray[Any
     if not len(holders):
         raise ConfigError("data.partition and local.min_batch leave no client with a batch. Lower local.min_batch.")
     newcomers = experiment.participation.late(holders, experiment.seed)
-    return np.setdiff1d(holders, newcomers), newcomers
+    return np.setdiff1d(holders, newcomers, assume_unique=True), newcomers
 
 
 def _initial(experiment: Experiment, task: Task) -> Variables:
@@ -269,14 +269,6 @@ def _initial(experiment: Experiment, task: Task) -> Variables:
 def plain(metrics: dict[str, Any]) -> dict[str, Any]:
     """Returns tensors as numbers and nested lists."""
     return {k: v.detach().cpu().double().tolist() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
-
-
-def partition_arrays(federation: Federation) -> dict[str, np.ndarray[Any, Any]]:
-    """Returns what partition.npz keeps."""
-    data = federation.data
-    owners = Members.of(data.owners)
-    return {"offsets": owners.offsets, "examples": owners.members,
-            "counts": data.counts(), "test_counts": data.test_counts(), "newcomers": federation.newcomers}  # fmt: skip
 
 
 def run(experiment: Experiment, folder: str | Path | None = None) -> Iterator[RoundResult]:
@@ -310,7 +302,13 @@ def start(federation: Federation, folder: str | Path | None) -> Iterator[RoundRe
     if path is not None:
         try:
             initial = federation.task.initial if federation.experiment.start else None
-            runs.create(path, federation.experiment, partition_arrays(federation), federation.snapshot(0), initial)
+            runs.create(
+                path,
+                federation.experiment,
+                runs.partition_arrays(federation.data, federation.newcomers),
+                federation.snapshot(0),
+                initial,
+            )
         except BaseException:
             federation.close()
             raise

@@ -196,13 +196,17 @@ class Setting:
             torch.tensor([len(plans[i].lengths) for i in ids], dtype=dtype, device=device),
         )
 
-    def state(self, ctx: Context, message: Tree, states: Mapping[int, Tree], client: int) -> Tree:
-        """Returns a client's state: the kept one, or the initial one at its first participation."""
+    def state(
+        self, ctx: Context, message: Tree, states: Mapping[int, Tree], client: int, device: torch.device | None = None
+    ) -> Tree:
+        """Returns a client's state, kept or (at its first participation) initial, on a device (None: the task's)."""
         if client in states:
-            return trees.tree_map(lambda t: t.to(self.task.device), states[client])
-        if type(self.algorithm).init_client is Algorithm.init_client:  # a generator costs as much as a small step
+            found = states[client]
+        elif type(self.algorithm).init_client is Algorithm.init_client:  # a generator costs as much as a small step
             return ()
-        return self.algorithm.init_client(ctx, message, generator(self.seed, Stream.CLIENT, client))
+        else:
+            found = self.algorithm.init_client(ctx, message, generator(self.seed, Stream.CLIENT, client))
+        return trees.tree_map(lambda t: t.to(device or self.task.device), found)
 
 
 @contextlib.contextmanager
