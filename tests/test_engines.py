@@ -562,7 +562,7 @@ def test_results_wait_for_their_turn():
         sink = Sink(ids[::-1])
         for k in order:
             sink.add(results[k])
-        assert list(sink.states) == ids
+        assert [answer.client for answer in sink.answers] == ids
         means.append((sink.mean(), sink.metrics()))
     assert trees.equal(means[0], means[1])
     assert trees.equal(means[0], means[2])

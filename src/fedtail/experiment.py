@@ -147,7 +147,7 @@ class Federation:
             sink = self._phase(phase, trained)
             trained += phase.local
             name = "train" if phase.name == "train" else phase.name
-            record[name] = {"clients": len(sink.states), "examples": sink.examples, **plain(sink.metrics())}
+            record[name] = {"clients": len(sink.answers), "examples": sink.examples, **plain(sink.metrics())}
         if len(self.data.server):
             record["server"] = self._server_data()
         ctx = self.context()
@@ -167,7 +167,7 @@ class Federation:
         message = self.message(ctx)
         plans = self.engine.setting.plans(ctx.round, trained, ids)
         drift = Drift() if self.experiment.evaluation.drift and phase.local else None
-        sink = Sink(list(plans), phase.reduce == "collect", drift)
+        sink = Sink(list(plans), phase.reduce == "collect", drift, self.experiment.engine.states_bytes())
         self.engine.cohort(ctx.round, trained, message, self.states, plans, sink)
         total = torch.tensor(sink.total, dtype=self.task.dtype, device=self.task.device)
         with torch.no_grad(), blame("server_collect" if phase.reduce == "collect" else "server_update"):
@@ -181,7 +181,7 @@ class Federation:
                 f"The server state is not finite after round {self.round}, although every update was. Lower "
                 "algorithm.server_lr or the clients' learning rate."
             )
-        self.states.update((i, s) for i, s in sink.states.items() if s != ())
+        self.states.update(sink.states)
         return sink
 
     def _server_data(self) -> dict[str, Any]:
