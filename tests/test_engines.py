@@ -600,7 +600,6 @@ LARGE = nn.Sequential(nn.Linear(10, 5000), nn.Linear(5000, 3))  # 55,000 + 15,00
 AT_LIMIT = nn.Sequential(nn.Linear(10, 3571), nn.Linear(3571, 3))  # 11 * 3,571 + 3 * 3,571 + 3 = 49,997
 CONVOLUTION = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
 HUGE = nn.Sequential(nn.Linear(10, 200_000), nn.Linear(200_000, 3))
-LIGHT = "processes" if sys.platform == "linux" else "parallel"
 
 
 @pytest.mark.parametrize(
@@ -609,11 +608,11 @@ LIGHT = "processes" if sys.platform == "linux" else "parallel"
         (SMALL, (10,), 25, 2, "vmap"),
         (SMALL, (10,), 25, 1, "vmap"),
         (AT_LIMIT, (10,), 25, 2, "vmap"),
-        (SMALL, (10,), 24, 2, LIGHT),
-        (LARGE, (10,), 100, 2, LIGHT),
+        (SMALL, (10,), 24, 2, "parallel"),
+        (LARGE, (10,), 100, 2, "parallel"),
         (HUGE, (10,), 100, 2, "parallel"),
         (LARGE, (10,), 100, 1, "loop"),
-        (CONVOLUTION, (1, 4, 4), 100, 8, LIGHT),
+        (CONVOLUTION, (1, 4, 4), 100, 8, "parallel"),
         (CONVOLUTION, (1, 4, 4), 1, 8, "loop"),
         (SMALL, (10,), 1, 8, "loop"),
         (SMALL, (10,), 24, 1, "loop"),
