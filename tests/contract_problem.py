@@ -319,6 +319,15 @@ def _cases() -> dict[str, Algorithm]:
             found[name] = cls(optimizer=PLAIN, features_per_class=3, match_steps=2, retrain_steps=3)
         elif name == "fedloge":  # four features for four classes: a dense frame
             found[name] = cls(optimizer=PLAIN, sparsity=0.0, norm=0.5, etf_steps=3)
+        elif name == "fedgan":  # eps 1e-4, as below
+            adam = Adam(lr=0.02, beta1=0.5, eps=1e-4)
+            found[name] = cls(optimizer=adam)
+            found[f"{name}-persistent"] = cls(optimizer=adam, persist_optimizer=True)
+            found[f"{name}-kl"] = cls(optimizer=PLAIN, weighting="kl")
+        elif name == "effgan":
+            found[name] = cls(optimizer=Adam(lr=0.02, beta1=0.5, eps=1e-4))
+            found[f"{name}-none"] = cls(optimizer=PLAIN, finetune_epochs=0, weights="uniform")
+            found[f"{name}-longer"] = cls(optimizer=PLAIN, finetune_epochs=3, weights="classes")
         elif name == "climb":  # weights that move within three rounds
             found[name] = cls(optimizer=PLAIN, lr_dual=30.0, eps=0.1, period=2)
         else:

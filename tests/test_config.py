@@ -19,11 +19,13 @@ from fedtail.algorithms.climb import CLIMB
 from fedtail.algorithms.creff import CReFF
 from fedtail.algorithms.crt import CRT
 from fedtail.algorithms.ditto import Ditto
+from fedtail.algorithms.effgan import EFFGAN
 from fedtail.algorithms.eqlv2 import EQLv2
 from fedtail.algorithms.fedbabu import FedBABU
 from fedtail.algorithms.fedbn import FedBN
 from fedtail.algorithms.feddyn import FedDyn
 from fedtail.algorithms.fedetf import FedETF
+from fedtail.algorithms.fedgan import FedGAN
 from fedtail.algorithms.fedloge import FedLoGe
 from fedtail.algorithms.fednova import FedNova
 from fedtail.algorithms.fedopt import FedOpt
@@ -67,6 +69,8 @@ CHOICES = [
     CLIMB(lr_dual=0.5, eps=0.01, period=2, weighting="examples"),
     FedRL(alpha=0.5, beta=0.2, cap=50.0),
     EQLv2(gamma=6.0, mu=0.5, alpha=2.0),
+    FedGAN(persist_optimizer=True, weighting="kl", kl_sign=-1, optimizer=SGD(lr=0.1)),
+    EFFGAN(finetune_epochs=3, weights="classes"),
     PostHoc(prediction="logit_adjustment", tau=0.5, prior="given", given=(3.0, 2.0, 1.0)),
     CRT(retrain_rounds=3),
     CCVR(per_class=50, retrain_lr=0.01, retrain_steps=7),
@@ -123,6 +127,8 @@ CHOICES = [
     specs.ResNet18(),
     specs.ResNet34(norm="group"),
     specs.ResNet50(norm="group"),
+    specs.DCGAN28(width=32, latent=64, conditional=True),
+    specs.DCGAN32(norm="group"),
     specs.UserModel(target="nets/mine.py:Net", options={"width": 3, "act": "relu", "deep": [1, 2]}),
     Cumulative(head=0.5, medium=0.9, of="train"),
     OLTR(many=50, few=5),

@@ -32,12 +32,14 @@ class Phase(NamedTuple):
         cohort: "sample" (by participation) or "all".
         reduce: "mean" (the engine computes the weighted mean of the updates) or "collect" (the server gets them all).
         local: True trains for the configured local work; False goes through the client's data once, in order.
+        epochs: passes over the data in the place of the configured local work; 0: that.
     """
 
     name: str = "train"
     cohort: Literal["sample", "all"] = "sample"
     reduce: Literal["mean", "collect"] = "mean"
     local: bool = True
+    epochs: int = 0
 
 
 class Round(NamedTuple):
@@ -61,6 +63,13 @@ class Client(NamedTuple):
     examples: Tensor  # () float, number of training examples
     counts: Tensor  # (classes,) float, the client's own class counts
     steps: Tensor  # () float, local steps of this phase
+
+
+class Mixture(NamedTuple):
+    """What images are drawn from: generators, and how many images of each class come from each."""
+
+    shares: Tensor  # [generators, classes] >= 0, sum 1 over both; a pair that is told no class sees the sums of rows
+    networks: Variables  # every tensor with a first axis of generators
 
 
 class Context(NamedTuple):
@@ -121,6 +130,9 @@ class Algorithm(ABC):
     columns: ClassVar[Sequence[str]] = ("x", "y")
     personal: ClassVar[bool] = False  # predict differs between clients
     needs_server_data: ClassVar[bool] = False  # without data.server an experiment is refused
+    generative: ClassVar[bool] = (
+        False  # trains a pair of generator and discriminator: it makes images, and predicts nothing
+    )
 
     @property
     def shares_counts(self) -> bool:
@@ -193,6 +205,10 @@ class Algorithm(ABC):
     def predict(self, ctx: Context, message: Any, client: Tree | None, x: Tensor) -> Tensor:
         """Returns logits [batch, classes] of the generic model (client None) or of a client's own; default: of `variables`."""
         return ctx.task.apply(self.variables(ctx, message, client), x, train=False)[0]
+
+    def generators(self, ctx: Context, server: Any) -> "Mixture":
+        """Returns what a generative method draws its images from."""
+        raise TypeError(f"{type(self).__name__} makes no images.")
 
     def readings(self) -> Mapping[str, "Algorithm"]:
         """Returns the method with other settings of its prediction, by name: each evaluation judges them too."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedtail import config, runs
+from fedtail import config, generation, runs
 from fedtail.algorithm import Context, Phase, Round
 from fedtail.checkpoint import Snapshot, load_checkpoint, read_meta, save_checkpoint
 from fedtail.config import Experiment
@@ -30,7 +30,7 @@ from fedtail.engines.choice import resolve
 from fedtail.engines.loop import iterate
 from fedtail.errors import CheckpointError, ConfigError, TrainingError
 from fedtail.evaluate import Judge, Split, shot_groups
-from fedtail.federation import Predictor, check_device, federate, make_task
+from fedtail.federation import Predictor, check_device, federate, make_task, suited
 from fedtail.seeds import Stream, generator
 from fedtail.states import ClientStates
 from fedtail.task import Task, Variables
@@ -59,7 +59,8 @@ class Federation:
             rounds = f"{experiment.rounds} round{'s' if experiment.rounds > 1 else ''}"
             raise ConfigError(f"algorithm {config.name_of(experiment.algorithm)} trains no backbone in {rounds}: "
                               "name a finished run in start.")  # fmt: skip
-        self.data = data if data is not None else federate(experiment.data, experiment.seed, experiment.device)
+        data = data if data is not None else federate(experiment.data, experiment.seed, experiment.device)
+        self.data = suited(data, experiment.algorithm)
         self.task = make_task(experiment, self.data)
         if experiment.start:
             self.task = dataclasses.replace(self.task, initial=initial or _initial(experiment, self.task))
@@ -127,7 +128,8 @@ class Federation:
     def snapshot(self, metrics_bytes: int) -> Snapshot:
         """Returns what a checkpoint keeps."""
         meta = {"round": self.round, "stage": self.stage, "best": self.best, "metrics_bytes": metrics_bytes,
-                "experiment": config.fingerprint(self.experiment)}  # fmt: skip
+                "experiment": config.fingerprint(self.experiment), "shape": list(self.task.input_shape),
+                "classes": self.task.num_classes}  # fmt: skip
         return Snapshot(self.server, self.states, meta)
 
     def draw(self, phase: Phase) -> list[int]:
@@ -197,10 +199,12 @@ class Federation:
         return plain({k: v / len(plan.lengths) for k, v in sums.items()})
 
     def score(self, split: Split = "all") -> dict[str, Any]:
-        """Judges the present model on a split; "all" is what a round is judged on: test and validation.
+        """Judges the present model on a split; "all" is what a round is judged on: test and validation. Images are not.
 
         From the last round on, "all" and "test" also judge what comes of it by `evaluation.finetune`.
         """
+        if self.algorithm.generative:
+            return {}
         self.engine.open()
         ctx, options = self.context(cohort=self.cohort_size), self.experiment.evaluation
         judge = Judge(self.engine, ctx.round, self.constants, self.message(ctx), self.states, options, self.newcomers)
@@ -373,6 +377,9 @@ def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult
             last = federation.round + 1 == experiment.rounds
             if last or (federation.round + 1) % experiment.evaluation.every == 0:
                 record.update(federation.score())
+                if path is not None and federation.algorithm.generative:
+                    here = federation.context().round
+                    generation.round_picture(path, federation.engine.setting, federation.server, here)
             federation.advance(record)
             seconds = time.perf_counter() - start
             if path is not None:

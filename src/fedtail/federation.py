@@ -1,12 +1,14 @@
 """From an experiment to what an engine needs: the federated data and the task."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedtail.config import Data, Experiment
+from fedtail.algorithm import Algorithm
+from fedtail.config import Data, Experiment, name_of
 from fedtail.data import legacy
 from fedtail.data.catalog import load
 from fedtail.data.dataset import Dataset
@@ -15,6 +17,7 @@ from fedtail.data.lazy import Decoder, column
 from fedtail.data.members import Members
 from fedtail.data.partition import describe_partition, local_test_counts, local_tests, validation_split
 from fedtail.errors import ConfigError
+from fedtail.models.gan import is_pair
 from fedtail.seeds import Stream, generator
 from fedtail.task import Execution, Task, build_task
 
@@ -97,15 +100,32 @@ def check_device(name: str) -> None:
         raise ConfigError(f"device {name!r}: torch {torch.__version__} says: {why}. Use device = 'cpu'.") from error
 
 
+def suited(data: FederatedData, algorithm: Algorithm) -> FederatedData:
+    """Returns the data as a method wants them: images of a generative one are scaled to [-1, 1], as generators make them."""
+    if not algorithm.generative or not data.mean:
+        return data
+    return dataclasses.replace(data, mean=(0.5,) * len(data.mean), std=(0.5,) * len(data.std))
+
+
 def make_task(experiment: Experiment, data: FederatedData) -> Task:
     """Builds the network for these data and moves it to the device.
 
     Raises:
-        ConfigError: the network does not fit the data.
+        ConfigError: the network does not fit the data or the method.
     """
     shape = tuple(data.columns["x"].shape[1:])
     execution = Execution(experiment.autocast, experiment.engine.channels_last, experiment.engine.compile)
-    return build_task(
+    task = build_task(
         lambda: experiment.model.build(shape, data.num_classes), data.num_classes, shape, seed=experiment.seed,
         dtype=getattr(torch, experiment.dtype), device=experiment.device, execution=execution,
     )  # fmt: skip
+    if experiment.algorithm.generative != is_pair(task.module):
+        pair, plain = (
+            "a pair of generator and discriminator ('dcgan28', 'dcgan32')",
+            "a network that classifies ('mlp')",
+        )
+        wants = pair if experiment.algorithm.generative else plain
+        raise ConfigError(
+            f"algorithm {name_of(experiment.algorithm)} needs {wants} in model.name, got {experiment.model}."
+        )
+    return task

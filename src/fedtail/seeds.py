@@ -25,6 +25,9 @@ class Stream(IntEnum):
     SERVER_DATA = 12
     PROBLEM = 13  # made-up data of tests and examples
     NEWCOMERS = 14
+    SAMPLES = 15  # latents that images are drawn from: key (generator,); their order: no key
+    QUALITY = 16  # a judge's own training, subsets of KID
+    ROUND = 17  # random tensors that a round's server and clients share: key (round, crc32 of the name)
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -27,5 +27,7 @@ ALGORITHMS: dict[str, str] = {
     "fedrod": "fedtail.algorithms.fedrod:FedROD",
     "fedproto": "fedtail.algorithms.fedproto:FedProto",
     "eqlv2": "fedtail.algorithms.eqlv2:EQLv2",
+    "fedgan": "fedtail.algorithms.fedgan:FedGAN",
+    "effgan": "fedtail.algorithms.effgan:EFFGAN",
 }
 """From the name used in configurations to module:Class."""

@@ -6,7 +6,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -186,10 +186,11 @@ class Setting:
 
     def plans(self, round: Round, trained: int, ids: Sequence[int]) -> dict[int, Plan]:
         """Returns the plan of each client that has at least one step."""
-        draws = self.draws if round.phase.local else {}
+        phase, work = round.phase, self.work
+        draws = self.draws if phase.local else {}
+        work = replace(work, epochs=phase.epochs, steps=0) if phase.epochs else work
         plans = {
-            i: make_plan(self.seed, round.index, trained, i, self.data.owners[i], self.work, draws, round.phase.local)
-            for i in ids
+            i: make_plan(self.seed, round.index, trained, i, self.data.owners[i], work, draws, phase.local) for i in ids
         }
         return {i: plan for i, plan in plans.items() if len(plan.lengths)}
 
