@@ -328,6 +328,10 @@ def _cases() -> dict[str, Algorithm]:
             found[name] = cls(optimizer=Adam(lr=0.02, beta1=0.5, eps=1e-4))
             found[f"{name}-none"] = cls(optimizer=PLAIN, finetune_epochs=0, weights="uniform")
             found[f"{name}-longer"] = cls(optimizer=PLAIN, finetune_epochs=3, weights="classes")
+        elif name == "mdgan":
+            found[name] = cls(optimizer=Adam(lr=0.02, beta1=0.5, eps=1e-4), swap_every=2)
+        elif name == "uagan":
+            found.update({f"{name}-{how}": cls(optimizer=PLAIN, aggregate=how) for how in ("odds", "max", "soft")})
         elif name == "climb":  # weights that move within three rounds
             found[name] = cls(optimizer=PLAIN, lr_dual=30.0, eps=0.1, period=2)
         else:

@@ -35,8 +35,10 @@ from fedtail.algorithms.fedrep import FedRep
 from fedtail.algorithms.fedrl import FedRL
 from fedtail.algorithms.fedrod import FedROD
 from fedtail.algorithms.lg_fedavg import LGFedAvg
+from fedtail.algorithms.mdgan import MDGAN
 from fedtail.algorithms.pfedme import PFedMe
 from fedtail.algorithms.posthoc import PostHoc
+from fedtail.algorithms.uagan import UAGAN
 from fedtail.config import REGISTRIES, Data, Evaluation, Experiment, Participation, from_dict, to_dict
 from fedtail.data import longtail, partition
 from fedtail.errors import ConfigError
@@ -71,6 +73,8 @@ CHOICES = [
     EQLv2(gamma=6.0, mu=0.5, alpha=2.0),
     FedGAN(persist_optimizer=True, weighting="kl", kl_sign=-1, optimizer=SGD(lr=0.1)),
     EFFGAN(finetune_epochs=3, weights="classes"),
+    MDGAN(swap_every=7),
+    UAGAN(aggregate="soft", sharpness=3.0, scale=1.0, penalty=1.0),
     PostHoc(prediction="logit_adjustment", tau=0.5, prior="given", given=(3.0, 2.0, 1.0)),
     CRT(retrain_rounds=3),
     CCVR(per_class=50, retrain_lr=0.01, retrain_steps=7),

@@ -54,6 +54,7 @@ class Round(NamedTuple):
     stage: int = 0  # see Algorithm.advance
     holders: int = 0  # number of clients that hold data: those who can take part at all
     counts: Tensor | None = None  # (classes,) the population's class counts, only if the algorithm shares_counts
+    draws: Mapping[str, Tensor] = {}  # noqa: RUF012  # of Algorithm.round_draws: the same for the server and all clients
 
 
 class Client(NamedTuple):
@@ -221,6 +222,10 @@ class Algorithm(ABC):
     # declarations
     def draws(self, task: Task, batch_size: int) -> dict[str, Draw]:
         """Returns the random tensors wanted at each local step, by name."""
+        return {}
+
+    def round_draws(self, task: Task, batch_size: int) -> dict[str, Draw]:
+        """Returns the random tensors that a round's server and clients share, as ctx.round.draws, by name."""
         return {}
 
     def phases(self, index: int, rounds: int) -> Sequence[Phase]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fedtail.errors import ConfigError, FedtailError, did_you_mean
+from fedtail.verbs import demo, quality, sample
 
 if TYPE_CHECKING:
     from fedtail.config import Experiment
@@ -30,6 +31,8 @@ usage: fedtail VERB ... (fedtail VERB --help tells more)
   compare RUN...       one table over seeds; refuses runs that differ in more than the method
   plot KIND RUN...     pictures: partition, classes, groups, curves, prior, balance, clients
   report RUN...        one self-contained HTML page
+  sample RUN           draw images from a run of a generative method
+  quality RUN          judge such images against the test set
   inspect EXP          who holds what, and what a round costs, before anything is trained
   list WHAT            algorithms, losses, models, datasets, partitions
   check NAME           test an algorithm, FILE.py:Name for your own, by the rules that every method must keep
@@ -204,18 +207,6 @@ def data_add(name: Positional[str], path: Positional[Path]) -> None:
     print(fetch.add(name, path))
 
 
-def demo(output: Path = Path("runs/demo"), rounds: int = 0) -> None:
-    """Train FedAvg and Fed-GraB on the same long-tailed split and write a report.
-
-    Args:
-        output: where the run folders and report.html go; a demo that was stopped is continued.
-        rounds: number of rounds; 0 = the demo's own.
-    """
-    from fedtail import demo as module
-
-    module.main(output, rounds)
-
-
 def run(arguments: list[str]) -> None:
     """Train an experiment, one folder a seed; or a sweep."""
     from fedtail import sweep, terminal, tracking
@@ -346,7 +337,7 @@ def typed(verb: str, options: type, name: str, value: Any, arguments: list[str],
 
 TYPED: dict[str, Callable[..., None]] = {
     "resume": resume, "evaluate": evaluate, "compare": compare, "plot": plot, "report": report, "show": show,
-    "list": list_, "demo": demo, "data get": data_get, "data add": data_add,
+    "list": list_, "demo": demo, "sample": sample, "quality": quality, "data get": data_get, "data add": data_add,
 }  # fmt: skip
 FREE: dict[str, Callable[[list[str]], None]] = {"run": run, "inspect": inspect, "check": check}
 

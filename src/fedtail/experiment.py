@@ -109,7 +109,7 @@ class Federation:
         experiment = self.experiment
         scale = experiment.schedule.scale(self.round, experiment.rounds)
         here = Round(self.round, phase, cohort, self.data.clients, experiment.rounds, scale, self.stage, len(self.holders),
-                     self.counts)  # fmt: skip
+                     self.counts, self.engine.setting.shared(self.round))  # fmt: skip
         return Context(self.worker, here, self.constants, None)
 
     def restore(self, snapshot: Snapshot) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedtail.algorithm import Batch, Context, Metrics, Mixture
-from fedtail.local import Local, parted, sgd_step
+from fedtail.local import Local, overlay, parted, sgd_step
 from fedtail.losses import one_hot
 from fedtail.models.gan import with_label
 from fedtail.optim import Adam, Optimizer, Params
@@ -162,3 +162,53 @@ def alone(ctx: Context, network: Variables) -> Mixture:
     shares = torch.full((1, classes), 1 / classes, dtype=ctx.task.dtype, device=ctx.task.device)
     own = part(network, GENERATOR)
     return Mixture(shares, Variables(*({k: v[None] for k, v in tensors.items()} for tensors in own)))
+
+
+class Served(NamedTuple):
+    """Images that a generator at the server sends."""
+
+    training: Tensor  # [batch, ...] X_d, for the discriminators' steps
+    feedback: Tensor  # [batch, ...] X_g, whose gradients come back
+    labels: Tensor  # (batch,) int64, of both; not looked at by pairs that are told no class
+
+
+def served_draws(task: Task, batch_size: int) -> dict[str, Draw]:
+    """Returns a round's latents of two batches, their labels, uniform, and the masks of Dropout layers for both."""
+    noise = Draw("normal", (batch_size, latent_size(task)))
+    labels = Draw("integers", (batch_size,), high=task.num_classes)
+    return {"training": noise, "feedback": noise, "labels": labels, **task.draws(batch_size)}
+
+
+def serve(ctx: Context, model: Variables) -> Served:
+    """Returns the round's two batches of a generator, in training mode."""
+    draws, v = ctx.round.draws, overlay(ctx.task.initial, model)
+    code = code_of(ctx.task, draws["labels"])
+    first, second = (fake(ctx.task, v, draws[name], code, draws)[0] for name in ("training", "feedback"))
+    return Served(first, second, draws["labels"])
+
+
+def follow(
+    ctx: Context, model: Variables, state: Tree, feedback: Tensor, optimizer: Optimizer
+) -> tuple[Variables, Tree]:
+    """Makes a generator's step along the gradient of a loss with respect to its images X_g.
+
+    Args:
+        ctx: the server's context.
+        model: the generator.
+        state: its optimizer's.
+        feedback: dL / dX_g, [batch, ...].
+        optimizer: what it steps with.
+
+    Returns:
+        (the generator with new statistics, the optimizer's new state).
+    """
+    code = code_of(ctx.task, ctx.round.draws["labels"])
+
+    def product(params: Params) -> tuple[Tensor, Any]:  # its gradient is the feedback, back-propagated
+        v = overlay(ctx.task.initial, model, Variables(params, {}))
+        images, v = fake(ctx.task, v, ctx.round.draws["feedback"], code, ctx.round.draws)
+        return (images * feedback).sum(), part(v, GENERATOR).buffers
+
+    _, buffers, grads = ctx.task.value_and_grad(product, model.params)
+    params, state = ctx.task.update(optimizer, grads, state, model.params, ctx.round.lr_scale)
+    return Variables(params, buffers), state

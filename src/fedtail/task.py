@@ -325,6 +325,15 @@ class Worker:
 
         return value.detach(), trees.tree_map(release, aux), grads
 
+    def slope(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Returns d function(x) / dx of a scalar function, [as x]; it can be differentiated further (gradient penalties)."""
+        if self.kind == "vmap":
+            return torch.func.grad(function)(x)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            [found] = torch.autograd.grad(function(leaf), [leaf], create_graph=True)
+        return found
+
     def _own(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Makes gradients fit to be overwritten: autograd may return one tensor twice, or an expanded view."""
         if not self.donate or (

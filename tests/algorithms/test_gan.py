@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -35,7 +36,7 @@ def images(sizes, size=SIZE, disjoint=False):
     x = rng.integers(0, 200, (total, 1, size, size)).astype(np.uint8) + (10 * y[:, None, None, None]).astype(np.uint8)
     ends = np.cumsum([0, *sizes])
     columns = {"x": torch.from_numpy(x), "y": torch.from_numpy(y)}
-    owners = [np.arange(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    owners = [np.arange(a, b) for a, b in itertools.pairwise(ends)]
     return FederatedData(columns, owners, columns, [o[:1] for o in owners], CLASSES, mean=(0.3,), std=(0.2,))
 
 
@@ -200,9 +201,11 @@ def test_drift_is_that_of_the_models():
 def test_the_mean_of_identical_clients_is_each_of_them(monkeypatch):
     """Same data, same batches and draws: the average is each local model, up to rounding."""
     plans = Setting.plans
-    monkeypatch.setattr(
-        Setting, "plans", lambda self, here, trained, ids: dict.fromkeys(ids, plans(self, here, trained, [0])[0])
-    )
+
+    def first_for_all(self, here, trained, ids):
+        return dict.fromkeys(ids, plans(self, here, trained, [0])[0])
+
+    monkeypatch.setattr(Setting, "plans", first_for_all)
     with federation(FedGAN(), (9, 9, 9), dtype="float32") as running:
         first, *others = local_models(running)
         assert all(trees.equal(first.params, other.params) for other in others)

@@ -29,5 +29,7 @@ ALGORITHMS: dict[str, str] = {
     "eqlv2": "fedtail.algorithms.eqlv2:EQLv2",
     "fedgan": "fedtail.algorithms.fedgan:FedGAN",
     "effgan": "fedtail.algorithms.effgan:EFFGAN",
+    "mdgan": "fedtail.algorithms.mdgan:MDGAN",
+    "uagan": "fedtail.algorithms.uagan:UAGAN",
 }
 """From the name used in configurations to module:Class."""

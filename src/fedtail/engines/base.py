@@ -4,6 +4,7 @@ import contextlib
 import math
 import sys
 import threading
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedtail import trees
-from fedtail.algorithm import Algorithm, Client, Context, Round
+from fedtail.algorithm import Algorithm, Client, Context, Round, as_tensor
 from fedtail.data.augment import augment_draws
 from fedtail.data.federated import FederatedData
 from fedtail.data.plan import LocalWork, Plan, make_plan
@@ -183,6 +184,13 @@ class Setting:
             **self.task.draws(size),
             **augment_draws(self.data.augmentation, size),
         }
+
+    def shared(self, index: int) -> dict[str, Tensor]:
+        """Returns the draws that server and clients share in round `index`."""
+        wanted = self.algorithm.round_draws(self.task, self.work.batch_size)
+        keys = {name: zlib.crc32(name.encode()) for name in wanted}
+        found = {n: draw.sample(generator(self.seed, Stream.ROUND, index, keys[n]), 1)[0] for n, draw in wanted.items()}
+        return {name: as_tensor(value, self.task.dtype, self.task.device) for name, value in found.items()}
 
     def plans(self, round: Round, trained: int, ids: Sequence[int]) -> dict[int, Plan]:
         """Returns the plan of each client that has at least one step."""

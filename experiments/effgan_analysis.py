@@ -1,0 +1,137 @@
+"""Judges the runs of an EFFGAN sweep, prints a table over seeds, and draws FID against bytes and the sample grids.
+
+    python experiments/effgan_analysis.py experiments/results/effgan_fashion_mnist [--features classifier efflite0]
+
+What is judged is kept in each run folder (quality-FEATURE.json), so that the script can be stopped and run again.
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fedtail import assessment, config, generation, runs
+from fedtail.algorithms.effgan import EFFGAN
+from fedtail.algorithms.mdgan import MDGAN
+
+NAMES = {"model": "EFFGAN", "averaged": "FedGAN", "common": "start of the fine-tuning"}
+COLUMNS = ("fid", "kid", "precision", "recall", "density", "coverage", "modes", "mode_kl", "confidence", "purity")
+
+
+def main():
+    """Judges, prints, draws."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--features", nargs="+", default=["classifier", "pixels"])
+    parser.add_argument("--count", type=int, default=10_000)
+    options = parser.parse_args()
+    found = sorted(p.parent for p in options.folder.glob("*/config.toml"))
+    found = [run for run in found if runs.rounds_done(run) == config.load(run).rounds]
+    for feature in options.features:
+        rows = [row for run in found for row in judged(run, feature, options.count)]
+        print(f"\n## {feature}: {rows[0]['feature']}, {options.count} images, floor {rows[0]['floor']:.2f}\n")
+        table(rows)
+        picture(rows, options.folder / f"fid-bytes-{feature}.png")
+    grids(found, options.folder / "grids.png")
+
+
+def judged(run, feature, count):
+    """The readings of a run as rows; computed at most once."""
+    kept = run / f"quality-{feature}.json"
+    if not kept.is_file():
+        kept.write_text(json.dumps(assessment.assess(run, feature, count, full=feature == "classifier")))
+    found, whole = json.loads(kept.read_text()), config.load(run)
+    setting = run.name.rpartition("-seed")[0]
+    record = runs.read(run).records[-1]
+    for name, scores in found["readings"].items():
+        if isinstance(whole.algorithm, EFFGAN) and whole.rounds == 1 and name == "averaged":
+            continue  # the mean of clients that never met is nobody's method
+        method = NAMES[name] if isinstance(whole.algorithm, EFFGAN) else type(whole.algorithm).__name__
+        method = "alone" if method == "EFFGAN" and whole.rounds == 1 else method
+        yield {"setting": setting, "method": method, "seed": whole.seed, "feature": found["feature"], "floor": found["floor"],
+               "megabytes": bytes_sent(run, whole, name) / 1e6, "drift": record["diagnostics"].get("drift"),
+               "memory": found.get("memory", {}).get("ratio") if name == "model" else None,
+               "use": found.get("use", {}).get("accuracy") if name == "model" else None, **scores}  # fmt: skip
+
+
+def bytes_sent(run, whole, reading):
+    """Bytes of parameters and images that travel in all, both directions, full participation."""
+    found = generation.load(run)
+    size = {p: sum(v.numel() for k, v in found.task.initial.params.items() if k.startswith(p)) for p in ("gen", "dis")}
+    clients = len(runs.read(run).counts)
+    if isinstance(whole.algorithm, MDGAN):
+        pixels = int(np.prod(found.task.input_shape))
+        swaps = whole.rounds // whole.algorithm.swap_every if whole.algorithm.swap_every else 0
+        return 4 * clients * (whole.rounds * 3 * whole.local.batch_size * pixels + swaps * size["dis"])
+    if clients == 1:
+        return 0
+    every = 2 * whole.rounds * clients * (size["gen"] + size["dis"])
+    if reading == "common":
+        return 4 * every * (whole.rounds - 1) // whole.rounds
+    last = clients * size["dis"] if isinstance(whole.algorithm, EFFGAN) and reading == "model" else 0
+    return 4 * (every - last)
+
+
+def table(rows):
+    """Prints mean and standard deviation over seeds as Markdown."""
+    columns = ("megabytes", *COLUMNS, "drift", "memory", "use")
+    print("| setting | method | seeds |", " | ".join(columns), "|")
+    print("|---|---|---:|" + "---:|" * len(columns))
+    rows = sorted(rows, key=lambda r: (r["setting"], r["method"]))
+    for (setting, method), group in itertools.groupby(rows, key=lambda r: (r["setting"], r["method"])):
+        group = list(group)
+        cells = [cell([r[c] for r in group if r.get(c) is not None]) for c in columns]
+        print(f"| {setting} | {method} | {len(group)} | " + " | ".join(cells) + " |")
+
+
+def cell(values):
+    """Mean and, of several values, their standard deviation."""
+    if not values:
+        return ""
+    mean = f"{np.mean(values):.3g}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.2g}"
+
+
+def picture(rows, path):
+    """FID against megabytes, a panel a partition."""
+    panels = sorted({r["setting"].partition("-")[0] for r in rows if r["megabytes"]})
+    figure = Figure(figsize=(3.4 * len(panels), 2.8), layout="constrained")
+    for place, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for method in ("FedGAN", "EFFGAN", "MDGAN", "alone"):
+            points = {}
+            for row in rows:
+                if row["method"] == method and row["setting"].startswith(f"{panel}-") and "iid" not in row["setting"]:
+                    points.setdefault(row["megabytes"], []).append(row["fid"])
+            order = sorted(points)
+            place.errorbar(order, [np.mean(points[x]) for x in order], [np.std(points[x]) for x in order], marker="o",
+                           markersize=3.5, linewidth=1.2, label=method)  # fmt: skip
+        place.set(xscale="log", yscale="log", xlabel="megabytes sent", ylabel="Frechet distance", title=panel)
+        place.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=200)
+    print(f"\n{path}")
+
+
+def grids(found, path):
+    """Forty images of every reading of the runs of the first seed, a row of the picture each."""
+    strips = []
+    for run in found:
+        whole = config.load(run)
+        if whole.seed != min(config.load(other).seed for other in found):
+            continue
+        for name, way in assessment.readings(generation.load(run)).items():
+            pixels = generation.to_bytes(way.draw(40, shuffle=False).images)
+            strips.append(generation.grid(pixels, 20))
+            print(f"strip {len(strips)}: {run.name} {NAMES[name] if isinstance(whole.algorithm, EFFGAN) else name}")
+    for channels in {s.shape[2] for s in strips}:
+        some = [s for s in strips if s.shape[2] == channels]
+        width = max(s.shape[1] for s in some)
+        sheet = np.concatenate([np.pad(s, ((0, 6), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in some])
+        Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path.with_stem(f"{path.stem}-{channels}"))
+
+
+if __name__ == "__main__":
+    main()
