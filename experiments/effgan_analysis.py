@@ -129,7 +129,9 @@ def grids(found, path):
     for channels in {s.shape[2] for s in strips}:
         some = [s for s in strips if s.shape[2] == channels]
         width = max(s.shape[1] for s in some)
-        sheet = np.concatenate([np.pad(s, ((0, 6), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in some])
+        sheet = np.concatenate(
+            [np.pad(s, ((0, 6), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in some]
+        )
         Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path.with_stem(f"{path.stem}-{channels}"))
 
 

@@ -47,7 +47,9 @@ def judged(classifier, generators, seed):
     federation.close()
     images, labels = balanced(generation.load(generators))
     counts = runs.read(generators).counts.sum(0)
-    print(f"seed {seed}: {len(labels)} images of {len(set(labels.tolist()))} classes; clients revealed their class counts")
+    print(
+        f"seed {seed}: {len(labels)} images of {len(set(labels.tolist()))} classes; clients revealed their class counts"
+    )
     with torch.no_grad():
         taught = torch.cat([model(part) for part in images.split(500)])
     prior = torch.from_numpy(counts / counts.sum()).float().log()

@@ -62,7 +62,7 @@ def test_moments_of_a_mixture_are_those_of_the_pooled_images():
     parts = [cloud(n, shift=10.0 * k) for k, n in enumerate(counts) if n]
     whole, combined = quality.moments(np.concatenate(parts)), quality.pooled([quality.moments(p) for p in parts])
     real = quality.moments(cloud(400, shift=3.0))
-    assert combined.count == 500
+    assert combined.size == 500
     np.testing.assert_allclose(combined.mean, whole.mean, rtol=1e-12)
     assert quality.frechet(real, combined) == pytest.approx(quality.frechet(real, whole), rel=1e-6)
     np.testing.assert_allclose(combined.covariance, np.cov(np.concatenate(parts).T, bias=True), rtol=1e-9, atol=1e-9)

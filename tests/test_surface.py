@@ -41,9 +41,9 @@ LAYERS = [
     {"config"},
     {"extractors", "federation", "generation", "runs"},
     {"experiment"},
-    {"assessment", "catalogue", "course", "methods", "report", "drawing", "overview", "plots", "html", "inspection", "terminal", "demo",
-     "tracking", "sweep", "tables", "workers", "checks", "checks.agree", "checks.copes", "checks.pair", "checks.problems",
-     "checks.pure", "checks.returns", "checks.rule", "checks.source"},
+    {"assessment", "catalogue", "course", "methods", "report", "drawing", "overview", "plots", "html", "inspection", "terminal",
+     "demo", "tracking", "sweep", "tables", "workers", "checks", "checks.agree", "checks.copes", "checks.pair",
+     "checks.problems", "checks.pure", "checks.returns", "checks.rule", "checks.source"},
     {"cli", "verbs", "__main__"},
 ]  # fmt: skip
 LAYER = {f"fedtail.{name}": i for i, layer in enumerate(LAYERS) for name in layer}

@@ -54,7 +54,7 @@ class Round(NamedTuple):
     stage: int = 0  # see Algorithm.advance
     holders: int = 0  # number of clients that hold data: those who can take part at all
     counts: Tensor | None = None  # (classes,) the population's class counts, only if the algorithm shares_counts
-    draws: Mapping[str, Tensor] = {}  # noqa: RUF012  # of Algorithm.round_draws: the same for the server and all clients
+    draws: Mapping[str, Tensor] = {}  # of Algorithm.round_draws: the same for the server and all clients
 
 
 class Client(NamedTuple):

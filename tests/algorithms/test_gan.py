@@ -135,9 +135,9 @@ def test_without_fine_tuning_all_experts_are_the_common_model():
     assert all(torch.equal(found.images(0, z), found.images(k, z)) for k in (1, 2, 3))
 
 
-def after_rounds(algorithm, rounds, sizes=(9, 6, 7), **more):
+def after_rounds(algorithm, done, sizes=(9, 6, 7), **more):
     with federation(algorithm, sizes, **more) as running:
-        return after(running, rounds)
+        return after(running, done)
 
 
 def test_one_client_with_a_kept_optimizer_is_centralised_training():

@@ -81,4 +81,4 @@ class Pair:
         self.adam_g.zero_grad()
         loss_g.backward()
         self.adam_g.step()
-        return float(loss_d), float(loss_g)
+        return loss_d.item(), loss_g.item()

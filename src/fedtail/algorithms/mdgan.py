@@ -108,9 +108,7 @@ class MDGAN(Algorithm):
         """Goes on with its own discriminator."""
         return Local(client.discriminator, client.optimizer, ())
 
-    def local_step(
-        self, ctx: Context, message: Any, client: Own, local: Local, batch: Batch
-    ) -> tuple[Local, Metrics]:
+    def local_step(self, ctx: Context, message: Any, client: Own, local: Local, batch: Batch) -> tuple[Local, Metrics]:
         """One step of the discriminator; none while discriminators are swapped."""
         if not ctx.round.phase.local:
             return local, {}

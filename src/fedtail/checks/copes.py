@@ -33,7 +33,10 @@ def moves(subject: Subject) -> None:
 
 def _moved(subject: Subject, problem: str) -> None:
     outcome = subject.outcome(problem)
-    states = [trees.named_leaves(state) for state in (outcome.states[0], outcome.states[-1])]
+    # a generator may live at the server alone, and never be sent
+    kept = outcome.servers if subject.algorithm.generative else [()] * len(outcome.servers)
+    ends = [{"states": outcome.states[i], "server": kept[i]} for i in (0, -1)]
+    states = [trees.named_leaves(end) for end in ends]
     for kind in ("params", "buffers"):
         now = getattr(outcome.final, kind)
         for name, before in getattr(outcome.initial, kind).items():
