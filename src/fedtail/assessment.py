@@ -49,7 +49,7 @@ def assess(
     Args:
         folder: the run.
         feature: the network that distances are measured in.
-        count: images of each reading, as many real ones of the test set at most; compare only equal counts.
+        count: images of each reading and of the test set, no more than that has; compare only equal counts.
         weights: file of the feature "inception".
         full: also what needs the clients' data: experts one by one, nearest training images, training on the images.
 
@@ -65,7 +65,7 @@ def assess(
     dataset = load(data.name, data.folder or None, size=data.image_size or None)
     judge = extractors.classifier(dataset)
     net: FeatureNet = judge if feature == "classifier" else extractors.feature_net(feature, dataset, weights)
-    rng = generator(options.seed, Stream.QUALITY)
+    rng, count = generator(options.seed, Stream.QUALITY), min(count, len(dataset.test))
     test = scaled(dataset.test.array[rng.permutation(len(dataset.test))[:count]])
     train = scaled(dataset.train.array[rng.permutation(len(dataset.train))[:count]])
     real = net.features(test)
