@@ -18,7 +18,12 @@ from fedtail import assessment, config, generation, runs
 from fedtail.algorithms.effgan import EFFGAN
 from fedtail.algorithms.mdgan import MDGAN
 
-NAMES = {"model": "EFFGAN", "averaged": "FedGAN", "common": "start of the fine-tuning"}
+NAMES = {
+    "model": "EFFGAN",
+    "averaged": "FedGAN",
+    "recalibrated": "FedGAN, statistics anew",
+    "common": "start of the fine-tuning",
+}
 COLUMNS = ("fid", "kid", "precision", "recall", "density", "coverage", "modes", "mode_kl", "confidence", "purity")
 
 
@@ -48,7 +53,7 @@ def judged(run, feature, count):
     setting = run.name.rpartition("-seed")[0]
     record = runs.read(run).records[-1]
     for name, scores in found["readings"].items():
-        if isinstance(whole.algorithm, EFFGAN) and whole.rounds == 1 and name == "averaged":
+        if isinstance(whole.algorithm, EFFGAN) and whole.rounds == 1 and name in ("averaged", "recalibrated"):
             continue  # the mean of clients that never met is nobody's method
         method = NAMES[name] if isinstance(whole.algorithm, EFFGAN) else type(whole.algorithm).__name__
         method = "alone" if method == "EFFGAN" and whole.rounds == 1 else method

@@ -140,7 +140,7 @@ def test_a_users_inception(tmp_path):
 def test_assessment_of_an_ensemble(place):
     found = assessment.assess(place / "ensemble", count=300)
     assert json.loads(json.dumps(found)) == found
-    assert list(found["readings"]) == ["model", "averaged", "common"]
+    assert list(found["readings"]) == ["model", "averaged", "recalibrated", "common"]
     assert found["floor"] < found["readings"]["model"]["fid"]
     assert 0 <= found["readings"]["model"]["purity"] <= 1
     assert found["experts"]["client"] == [0, 1, -1]
@@ -197,6 +197,20 @@ def test_readings_of_an_ensemble(place):
     assert list(assessment.readings(Sampler(found.task, before, 0))) == ["model"]
 
 
+def test_statistics_measured_anew(place):
+    """Those of the first layer are the mean and variance of what comes into it, over four pieces of 500 latents."""
+    ways = assessment.readings(generation.load(place / "ensemble"))
+    old, new = (ways[name].mixture.networks for name in ("averaged", "recalibrated"))
+    assert all(torch.equal(v, old.params[k]) for k, v in new.params.items())
+    z = ways["averaged"].latents(0, np.full(10, 200))
+    maps = torch.nn.functional.conv_transpose2d(z[..., None, None], old.params["generator.layers.0.weight"][0])
+    pieces = [part.transpose(0, 1).flatten(1) for part in maps.split(500)]
+    mean, var = (torch.stack([getattr(p, how)(1) for p in pieces]).mean(0) for how in ("mean", "var"))
+    torch.testing.assert_close(new.buffers["generator.layers.1.running_mean"][0], mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(new.buffers["generator.layers.1.running_var"][0], var, rtol=1e-4, atol=1e-6)
+    assert ways["recalibrated"].draw(3).images.isfinite().all()
+
+
 # ---- verbs
 
 
@@ -219,6 +233,13 @@ def test_quality_prints_scores(place, capsys):
     cli.dispatch(["quality", str(place / "single"), "--count", "60", "--no-full"])
     shown = capsys.readouterr().out
     assert f"fid {found['readings']['model']['fid']:.4g}" in shown
+
+
+def test_verbs_that_want_predictions(place):
+    with pytest.raises(ConfigError, match="generators, which predict nothing"):
+        cli.dispatch(["evaluate", str(place / "single")])
+    with pytest.raises(CheckpointError, match="makes images and predicts nothing"):
+        cli.dispatch(["compare", str(place / "single")])
 
 
 def test_a_run_of_a_classifier_makes_no_images(tmp_path):

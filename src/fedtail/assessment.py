@@ -1,7 +1,8 @@
 """What a finished generative run is worth: its images against the test set, in features of one's choice.
 
 Several readings of one run are judged, each by as many images: "model", what the method draws from; for an ensemble also
-"averaged", the one generator that FedGAN would have made of the experts, and "common", the generator they started from.
+"averaged", the one generator that FedGAN would have made of the experts, "recalibrated", the same with batch statistics
+measured anew on its own images, and "common", the generator that was fine-tuned.
 """
 
 from collections.abc import Mapping
@@ -30,15 +31,16 @@ EACH = 1000
 
 
 def readings(found: Sampler) -> dict[str, Sampler]:
-    """Returns the ways to draw from a run: "model", and for ensembles "averaged" and "common"."""
+    """Returns the ways to draw from a run: "model", and for ensembles "averaged", "recalibrated" (BatchNorm), "common"."""
     ways, mixture = {"model": found}, found.mixture
     if len(mixture.shares) == 1 or not float(mixture.shares[1:].sum()):
         return ways
     first: Variables = tree_map(lambda t: t[:1], mixture.networks)
     common = Mixture(mixture.shares.sum(0, keepdim=True), first)
-    for name, other in (("averaged", generation.averaged(mixture)), ("common", common)):
-        ways[name] = Sampler(found.task, other, found.seed)
-    return ways
+    ways["averaged"] = Sampler(found.task, generation.averaged(mixture), found.seed)
+    if found.task.batch_statistics:
+        ways["recalibrated"] = generation.recalibrated(ways["averaged"])
+    return {**ways, "common": Sampler(found.task, common, found.seed)}
 
 
 def assess(

@@ -82,6 +82,10 @@ def evaluate(
     from fedtail.experiment import reopen
 
     with contextlib.closing(reopen(run, checkpoint)) as federation:
+        if federation.algorithm.generative:
+            raise ConfigError(
+                f"{run} has generators, which predict nothing. Judge their images with `fedtail quality {run}`."
+            )
         scores = federation.score(split)
     print(_json(scores) if json else terminal.scores_table(scores))
 

@@ -5,6 +5,7 @@ remainders, from latents of a stream of its own, so that neither the order nor t
 A run folder is enough to draw from; the training data are not needed.
 """
 
+import copy
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,13 +118,19 @@ class Sampler:
 
     def _of(self, number: int, row: Array) -> Samples:
         """Draws from one generator so many images of each class."""
-        task, count = self.task, int(row.sum())
+        count = int(row.sum())
         labels = np.repeat(np.arange(len(row)), row) if self.conditional else np.full(count, -1)
-        rng = generator(self.seed, Stream.SAMPLES, number)
-        z = torch.from_numpy(rng.standard_normal((count, gan.latent_size(task)))).to(task.device, task.dtype)
-        if self.conditional:
-            z = with_label(z, one_hot(torch.from_numpy(labels).to(task.device), task.num_classes, task.dtype))
-        return Samples(self.images(number, z), np.full(count, number), labels)
+        return Samples(self.images(number, self.latents(number, row)), np.full(count, number), labels)
+
+    def latents(self, number: int, row: Array) -> Tensor:
+        """Returns the latents of a generator for so many images of each class, with their codes where it is told one."""
+        task, rng = self.task, generator(self.seed, Stream.SAMPLES, number)
+        drawn = rng.standard_normal((int(row.sum()), gan.latent_size(task)))
+        z = torch.from_numpy(drawn).to(task.device, task.dtype)
+        if not self.conditional:
+            return z
+        labels = torch.from_numpy(np.repeat(np.arange(len(row)), row)).to(task.device)
+        return with_label(z, one_hot(labels, task.num_classes, task.dtype))
 
     def images(self, number: int, z: Tensor) -> Tensor:
         """Returns one generator's images of latents [N, latent (+ C)], on the CPU."""
@@ -146,6 +153,34 @@ def averaged(mixture: Mixture) -> Mixture:
         return found.to(stack.dtype) if stack.is_floating_point() else found.round().to(stack.dtype)
 
     return Mixture(mixture.shares.sum(0, keepdim=True), trees.tree_map(mean, mixture.networks))
+
+
+def recalibrated(found: Sampler, number: int = 0, count: int = 2000) -> Sampler:
+    """Returns one generator of a mixture with batch statistics measured anew, on generated images alone.
+
+    Averaged statistics need not fit an averaged generator; a server can repair them without data.
+
+    Args:
+        found: the mixture.
+        number: which generator.
+        count: latents that the statistics are of.
+    """
+    mixture, module = found.mixture, copy.deepcopy(found.task.module)
+    network: Variables = trees.tree_map(lambda t: t[number], mixture.networks)
+    whole = overlay(found.task.initial, network)
+    module.load_state_dict({**whole.params, **whole.buffers})
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean over all pieces
+    classes = mixture.shares.shape[1]
+    z = found.latents(number, np.full(classes, count // classes))
+    with torch.no_grad(), one_thread():
+        for part in z.split(PIECE):
+            module.train().get_submodule("generator")(part)
+    buffers = {k: b[None] for k, b in module.named_buffers() if k in network.buffers}
+    own = {k: v[number : number + 1] for k, v in mixture.networks.params.items()}
+    return Sampler(found.task, Mixture(mixture.shares.sum(0, keepdim=True), Variables(own, buffers)), found.seed)
 
 
 def sampler(algorithm: Algorithm, task: Task, constants: Tree, server: Tree, here: Round, seed: int) -> Sampler:

@@ -182,6 +182,9 @@ class RunRecord:
     def last(self) -> dict[str, Any]:
         """The last evaluated round's record."""
         evaluated = [r for r in self.records if "test" in r]
+        if not evaluated and len(self.records) == self.config["rounds"]:
+            raise CheckpointError(f"{self.folder} is of a method that makes images and predicts nothing: it has no scores. "
+                                  f"Judge the images with `fedtail quality {self.folder}`.")  # fmt: skip
         if not evaluated:
             raise CheckpointError(
                 f"{self.folder} has no evaluated round yet. Continue it with `fedtail resume {self.folder}`."
