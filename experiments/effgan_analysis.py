@@ -8,15 +8,19 @@ What is judged is kept in each run folder (quality-FEATURE.json), so that the sc
 import argparse
 import itertools
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from fedtail import assessment, config, generation, runs
 from fedtail.algorithms.effgan import EFFGAN
 from fedtail.algorithms.mdgan import MDGAN
+from fedtail.files import write_atomic
 
 NAMES = {
     "model": "EFFGAN",
@@ -33,9 +37,13 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--features", nargs="+", default=["classifier", "pixels"])
     parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     found = sorted(p.parent for p in options.folder.glob("*/config.toml"))
     found = [run for run in found if runs.rounds_done(run) == config.load(run).rounds]
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:  # the slow part
+        tasks = itertools.product(found, options.features, [options.count])
+        list(pool.map(judge, *zip(*tasks, strict=True)))
     for feature in options.features:
         rows = [row for run in found for row in judged(run, feature, options.count)]
         print(f"\n## {feature}: {rows[0]['feature']}, {options.count} images, floor {rows[0]['floor']:.2f}\n")
@@ -44,12 +52,18 @@ def main():
     grids(found, options.folder / "grids.png")
 
 
-def judged(run, feature, count):
-    """The readings of a run as rows; computed at most once."""
+def judge(run, feature, count):
+    """Judges a run, at most once; returns where the result is."""
     kept = run / f"quality-{feature}.json"
     if not kept.is_file():
-        kept.write_text(json.dumps(assessment.assess(run, feature, count, full=feature == "classifier")))
-    found, whole = json.loads(kept.read_text()), config.load(run)
+        torch.set_num_threads(1)
+        write_atomic(kept, json.dumps(assessment.assess(run, feature, count, full=feature == "classifier")))
+    return kept
+
+
+def judged(run, feature, count):
+    """The readings of a run as rows."""
+    found, whole = json.loads(judge(run, feature, count).read_text()), config.load(run)
     setting = run.name.rpartition("-seed")[0]
     record = runs.read(run).records[-1]
     for name, scores in found["readings"].items():
