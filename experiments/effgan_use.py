@@ -2,9 +2,9 @@
 
     python experiments/effgan_use.py experiments/results/effgan_longtail
 
-For each seed: FedAvg's model as it is; tuned on `each` generated images a class (cross-entropy); and distilled from
-itself on the same images with logits corrected for FedAvg's class counts. It prints accuracy overall, head, medium and tail,
-and what the generators cost: megabytes, and class counts that clients reveal.
+For each seed: FedAvg's model as it is; its logits less the log of the class counts, which needs no image (a control); tuned on
+300 generated images a class (cross-entropy); and distilled on the same images from the corrected logits. It prints accuracy
+overall, head, medium and tail, and what the generators cost: megabytes, beside the class counts that clients reveal.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from fedtail import config, generation, runs
+from fedtail import config, generation, runs, trees
 from fedtail.evaluate import confusion, shot_groups
 from fedtail.experiment import reopen
 from fedtail.metrics import from_confusion
@@ -45,16 +45,17 @@ def judged(classifier, generators, seed):
     federation = reopen(classifier)
     data, model = federation.data, federation.module()
     federation.close()
-    images, labels = balanced(generation.load(generators))
-    counts = runs.read(generators).counts.sum(0)
-    print(
-        f"seed {seed}: {len(labels)} images of {len(set(labels.tolist()))} classes; clients revealed their class counts"
-    )
+    sampler, whole = generation.load(generators), config.load(generators)
+    images, labels = balanced(sampler)
+    counts = runs.read(generators).counts
+    sent = 2 * whole.rounds * len(counts) * trees.num_bytes(sampler.task.initial) / 1e6
+    print(f"seed {seed}: {len(labels)} images of {len(labels.unique())} classes; generators cost about {sent:.0f} MB")
     with torch.no_grad():
         taught = torch.cat([model(part) for part in images.split(500)])
-    prior = torch.from_numpy(counts / counts.sum()).float().log()
+    prior = torch.from_numpy(counts.sum(0) / counts.sum()).float().log()
     ways = {
         "FedAvg": None,
+        "logits less log prior": None,
         "tuned on samples": lambda z, rows: F.cross_entropy(z, labels[rows]),
         "distilled, logits less log prior": lambda z, rows: F.kl_div(
             z.log_softmax(1), (taught[rows] - prior).softmax(1), reduction="batchmean"
@@ -63,8 +64,10 @@ def judged(classifier, generators, seed):
     found = {}
     for way, loss in ways.items():
         scored = model if loss is None else tuned(model, images, loss, seed)
+        shift = prior if way == "logits less log prior" else 0
         with torch.no_grad():
-            predicted = torch.cat([scored(part).argmax(1) for part in data.test["x"].split(500)]).numpy()
+            parts = [(scored(part) - shift).argmax(1) for part in data.test["x"].split(500)]
+        predicted = torch.cat(parts).numpy()
         table = confusion(data.test["y"].numpy(), predicted, data.num_classes)
         found[way] = from_confusion(table, shot_groups(federation.experiment.evaluation.groups, data))
     return found
