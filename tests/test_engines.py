@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from fedtail.data.federated import FederatedData
 from fedtail.engines import make_engine
 from fedtail.engines.base import Result, Sink
 from fedtail.engines.choice import activation_bytes, choose, fitting, free_memory, padded_share
+from fedtail.engines.loop import run_client
 from fedtail.engines.processes import ALIGN, Block
 from fedtail.errors import ConfigError, DataError, TrainingError
 from fedtail.experiment import Federation
@@ -792,6 +794,46 @@ def test_workers_end_with_their_engine():
     assert all(process.is_alive() for process in workers)
     running.close()
     assert not any(process.is_alive() for process in workers)
+
+
+def heavy(worker, item):
+    """Enough work for MKL to keep memory for the thread."""
+    for size in (8, 32, 7, 256):
+        x = torch.randn(size, 3, 32, 32, requires_grad=True)
+        nn.functional.conv2d(x, torch.ones(6, 3, 5, 5)).flatten(1).matmul(torch.ones(6 * 28 * 28, 120)).sum().backward()
+    return threading.get_native_id()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("engine", [EngineOptions(name="parallel", workers=2), PROCESSES], ids=lambda e: e.name)
+def test_a_closed_engine_leaves_no_thread_that_is_still_ending(engine):
+    """A process forked while a thread of MKL ends waits for ever for a lock that nobody gives back."""
+    running = federation(FedAvg(), engine)
+    for _ in range(3):
+        threads = set(running.engine.map_batches(heavy, range(8)))
+        running.engine.close()
+        assert not any(os.path.exists(f"/proc/self/task/{thread}") for thread in threads)
+
+
+@pytest.mark.slow
+def test_processes_fork_again_after_evaluation_threads_have_ended(monkeypatch):
+    """Without the wait in `ParallelEngine.close` about every tenth worker never answers."""
+
+    def rings(*_):
+        raise AssertionError("A worker hangs.")
+
+    monkeypatch.setattr("fedtail.engines.processes.run_client", lambda *args: heavy(None, 0) and run_client(*args))
+    before = signal.signal(signal.SIGALRM, rings)
+    signal.alarm(120)
+    try:
+        with contextlib.closing(federation(FedAvg(), PROCESSES)) as running:
+            for _ in range(25):
+                running.engine.map_batches(heavy, range(4))
+                running.engine.close()
+                running.step()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_block_keeps_what_fits_and_hands_on_the_rest():
