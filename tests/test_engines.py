@@ -602,6 +602,7 @@ LARGE = nn.Sequential(nn.Linear(10, 5000), nn.Linear(5000, 3))  # 55,000 + 15,00
 AT_LIMIT = nn.Sequential(nn.Linear(10, 3571), nn.Linear(3571, 3))  # 11 * 3,571 + 3 * 3,571 + 3 = 49,997
 CONVOLUTION = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
 HUGE = nn.Sequential(nn.Linear(10, 200_000), nn.Linear(200_000, 3))
+LIGHT = "processes" if sys.platform == "linux" else "parallel"
 
 
 @pytest.mark.parametrize(
@@ -610,20 +611,27 @@ HUGE = nn.Sequential(nn.Linear(10, 200_000), nn.Linear(200_000, 3))
         (SMALL, (10,), 25, 2, "vmap"),
         (SMALL, (10,), 25, 1, "vmap"),
         (AT_LIMIT, (10,), 25, 2, "vmap"),
-        (SMALL, (10,), 24, 2, "parallel"),
-        (LARGE, (10,), 100, 2, "parallel"),
+        (SMALL, (10,), 24, 2, LIGHT),
+        (LARGE, (10,), 100, 2, LIGHT),
         (HUGE, (10,), 100, 2, "parallel"),
         (LARGE, (10,), 100, 1, "loop"),
-        (CONVOLUTION, (1, 4, 4), 100, 8, "parallel"),
+        (CONVOLUTION, (1, 4, 4), 100, 8, LIGHT),
         (CONVOLUTION, (1, 4, 4), 1, 8, "loop"),
         (SMALL, (10,), 1, 8, "loop"),
         (SMALL, (10,), 24, 1, "loop"),
     ],
 )
-def test_the_rule_of_auto(module, shape, cohort, cores, expected):
+def test_the_rule_of_auto(module, shape, cohort, cores, expected, monkeypatch):
+    monkeypatch.setattr("threading.active_count", lambda: 1)  # pytest may have threads of its own
     name, reason = choose(task_of(module, shape), cohort, cores)
     assert name == expected
     assert str(cohort) in reason
+
+
+def test_auto_does_not_fork_beside_other_threads(monkeypatch):
+    monkeypatch.setattr("threading.active_count", lambda: 2)
+    assert choose(task_of(CONVOLUTION, (1, 4, 4)), 100, 2) == (
+        "parallel", "100 clients a round on 2 cores, in a process with other threads")  # fmt: skip
 
 
 def test_the_chunk_is_what_half_of_the_free_memory_holds():

@@ -89,7 +89,9 @@ class ParallelEngine(Engine):
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             until = time.monotonic() + LAST_BREATH
-            while any(Path(f"/proc/self/task/{thread}").exists() for thread in self._threads) and time.monotonic() < until:
+            while (
+                any(Path(f"/proc/self/task/{thread}").exists() for thread in self._threads) and time.monotonic() < until
+            ):
                 time.sleep(0.0005)
             self._pool, self._threads = None, []
         super().close()
