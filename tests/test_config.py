@@ -13,16 +13,21 @@ from hypothesis import strategies as st
 import fedtail
 from fedtail import config
 from fedtail.algorithm import Algorithm
+from fedtail.algorithms import fedga, fedlc, fedrs
 from fedtail.algorithms.ccvr import CCVR
 from fedtail.algorithms.climb import CLIMB
 from fedtail.algorithms.creff import CReFF
 from fedtail.algorithms.crt import CRT
 from fedtail.algorithms.eqlv2 import EQLv2
+from fedtail.algorithms.feddecorr import FedDecorr
 from fedtail.algorithms.feddyn import FedDyn
 from fedtail.algorithms.fedloge import FedLoGe
 from fedtail.algorithms.fednova import FedNova
+from fedtail.algorithms.fedntd import FedNTD
 from fedtail.algorithms.fedopt import FedOpt
 from fedtail.algorithms.fedrl import FedRL
+from fedtail.algorithms.fedsam import FedSAM
+from fedtail.algorithms.moon import MOON
 from fedtail.algorithms.posthoc import PostHoc
 from fedtail.config import REGISTRIES, Data, Evaluation, Experiment, Participation, from_dict, to_dict
 from fedtail.data import longtail, partition
@@ -31,6 +36,7 @@ from fedtail.losses import (
     LDAM,
     BalancedSoftmax,
     ClassWeighted,
+    FedGA,
     FedIR,
     FedLC,
     FedRS,
@@ -71,6 +77,13 @@ CHOICES = [
         bias="keep",
         personal_bias="private",
     ),
+    fedga.FedGA(form="exact", counts="client", strength=0.5, weights="size"),
+    fedlc.FedLC(tau=0.5),
+    fedrs.FedRS(alpha=0.3, soft=True),
+    FedNTD(beta=0.5, tau=3.0),
+    MOON(mu=1.0, tau=0.2),
+    FedDecorr(beta=0.05, loss=FedGA(form="exact", counts="client", strength=0.5)),
+    FedSAM(rho=0.1),
     CReFF(features_per_class=9, match_lr=0.2, match_steps=8, retrain_lr=0.02, retrain_steps=6),
     fedtail.FedAvg(loss=Focal(gamma=1.0)),
     fedtail.FedAvg(loss=ClassWeighted(by="effective", beta=0.99)),

@@ -24,7 +24,7 @@ from fedtail.algorithms.fedavg import FedAvg
 from fedtail.data.augment import Augmentation
 from fedtail.data.longtail import LONGTAILS, Exponential, LongTail
 from fedtail.data.partition import PARTITIONS, DirichletMultinomial, Partition
-from fedtail.data.plan import LocalWork
+from fedtail.data.plan import LocalWork, Participation
 from fedtail.engines import EngineOptions
 from fedtail.errors import ConfigError, did_you_mean
 from fedtail.losses import LOSSES, Loss
@@ -69,27 +69,6 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Participation:
-    """Who takes part in a round: drawn uniformly without replacement among the clients that hold data."""
-
-    fraction: float = 1.0
-    """Share of the population, in (0, 1]; max(floor(fraction * clients), 1) clients are drawn."""
-    clients: int = 0
-    """Number of clients instead of a share; 0 = use the share."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1 or self.clients < 0:
-            raise ConfigError(
-                f"participation: fraction must be in (0, 1] and clients >= 0, got {self.fraction} and {self.clients}."
-            )
-
-    def size(self, population: int) -> int:
-        """Returns the cohort's size."""
-        # 0.29 * 100 comes out as 28.99...: the margin is far above rounding and far below 1.
-        return min(self.clients, population) if self.clients else max(int(self.fraction * population + 1e-9), 1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """When and how a model is judged."""
 
@@ -101,6 +80,11 @@ class Evaluation:
     """Judge on each client's matched local test set too."""
     drift: bool = False
     """Also measure how far the clients' updates lie from their mean; costs a few passes over each update."""
+    local_models: int = 0
+    """Rounds between two in which each client's own model is judged too, before and after local training, on the global
+    test set (costs two passes over it a client); 0 = never."""
+    double_softmax: bool = False
+    """Error asymmetry from softmax(softmax(z)), as FedGA's code computes it by mistake: to compare with its plots alone."""
     targets: tuple[float, ...] = ()
     """Overall accuracies in (0, 1] whose first round `compare` reports; fixed before the run, as part of it."""
     batch_size: int = 500
@@ -113,6 +97,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.every < 1 or self.batch_size < 1:
             raise ConfigError(f"evaluation: every and batch_size must be >= 1, got {self.every} and {self.batch_size}.")
+        if self.local_models < 0:
+            raise ConfigError(f"evaluation.local_models must be >= 0, got {self.local_models}.")
         if not all(0 < target <= 1 for target in self.targets):
             raise ConfigError(f"evaluation.targets must be accuracies in (0, 1], got {list(self.targets)}.")
 

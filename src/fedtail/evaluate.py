@@ -11,10 +11,10 @@ from torch import Tensor
 from fedtail.algorithm import Algorithm, Client, Context, Round
 from fedtail.config import Evaluation
 from fedtail.data.federated import FederatedData
-from fedtail.data.lazy import Column
 from fedtail.engines.base import Engine, blame
+from fedtail.engines.local_models import soft_confusion
 from fedtail.errors import ConfigError
-from fedtail.metrics import GroupRule, ShotGroups, client_spread, from_confusion
+from fedtail.metrics import Floats, GroupRule, ShotGroups, asymmetry_scores, client_spread, from_confusion
 from fedtail.task import Worker
 from fedtail.trees import Tree
 
@@ -86,8 +86,8 @@ class Judge:
         """Returns the scores of one way to predict."""
         data, rule, mask = self.engine.setting.data, self.options.groups, self.options.label_mask
         true = data.test["y"].numpy(force=True)
-        labels = self.generic(algorithm, data.test["x"], np.arange(len(true)))
-        found = {"test": self._global(f"global test set, {len(true)} examples", true, labels)}
+        labels, soft = self.generic(algorithm, data.test, np.arange(len(true)))
+        found = {"test": self._global(f"global test set, {len(true)} examples", true, labels, soft)}
         if not self.options.local:
             return found
         sets = {"local": [labels[rows] for rows in data.local_tests] if mask == "none" else self.each(algorithm, False)}
@@ -104,26 +104,34 @@ class Judge:
         columns = self.engine.setting.data.columns
         true = columns["y"][torch.from_numpy(rows)].numpy(force=True)
         return self._global(
-            f"{what}, {len(rows)} examples", true, self.generic(self.engine.setting.algorithm, columns["x"], rows)
+            f"{what}, {len(rows)} examples", true, *self.generic(self.engine.setting.algorithm, columns, rows)
         )
 
-    def _global(self, what: str, true: Counts, labels: Counts) -> dict[str, Any]:
+    def _global(self, what: str, true: Counts, labels: Counts, soft: Floats) -> dict[str, Any]:
         data, rule = self.engine.setting.data, self.options.groups
         counts = confusion(true, labels, data.num_classes)
-        return {"test_set": what, "groups": rule.describe(), **from_confusion(counts, shot_groups(rule, data))}
+        scores = from_confusion(counts, shot_groups(rule, data))
+        return {"test_set": what, "groups": rule.describe(), **scores, **asymmetry_scores(soft, counts.sum(1))}
 
-    def generic(self, algorithm: Algorithm, x: Column, rows: Counts) -> Counts:
-        """Returns the generic model's labels for these rows (n,) of raw inputs x [N, ...], int64 (n,)."""
+    def generic(self, algorithm: Algorithm, columns: Mapping[str, Any], rows: Counts) -> tuple[Counts, Floats]:
+        """Judges the generic model on rows (n,) of raw columns.
+
+        Returns:
+            (predicted labels, int64 (n,); soft confusion, float64 [classes, classes], see `soft_confusion`).
+        """
         setting = self.engine.setting
 
-        def one(worker: Worker, part: Tensor) -> Tensor:
+        def one(worker: Worker, part: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad(), blame("predict"):
                 ctx = Context(worker, self.round, self.constants, None)
-                inputs = setting.data.prepare(x.index_select(0, part), setting.task.dtype)
-                return algorithm.predict(ctx, self.message, None, inputs).argmax(1)
+                inputs = setting.data.prepare(columns["x"].index_select(0, part), setting.task.dtype)
+                z = algorithm.predict(ctx, self.message, None, inputs)
+                y = columns["y"].index_select(0, part)
+                return z.argmax(1), soft_confusion(z, y, self.options.double_softmax)
 
         parts = torch.from_numpy(rows).to(setting.task.device).split(self.options.batch_size)
-        return torch.cat(self.engine.map_batches(one, parts)).numpy(force=True)
+        labels, soft = zip(*self.engine.map_batches(one, parts), strict=True)
+        return torch.cat(labels).numpy(force=True), torch.stack(soft).sum(0).numpy(force=True)
 
     def each(self, algorithm: Algorithm, personal: bool) -> list[Counts]:
         """Returns labels for every client's local test set, by its own model or the generic one, under the label mask."""

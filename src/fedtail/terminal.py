@@ -84,7 +84,7 @@ def follow(rounds: Iterator[RoundResult], federation: Federation, folder: Path) 
               f"fedtail resume {shlex.quote(str(folder))}", file=sys.stderr)  # fmt: skip
         raise SystemExit(130) from None
     if result is not None:
-        print(scores_table({k: v for k, v in result.record.items() if isinstance(v, dict) and "test_set" in v}))
+        print(scores_table({k: v for k, v in result.record.items() if isinstance(v, dict) and "groups" in v}))
         print(f"run folder: {folder}")
 
 
@@ -97,7 +97,8 @@ def scores_table(scores: dict[str, Any]) -> str:
             shown = {k: v for k, v in values.items() if isinstance(v, float) or v is None or k == "clients"}
             for key in shown:
                 table.add_column(key, justify="right")
-            table.add_row(*(str(v) if isinstance(v, int) else _percent(v).strip() for v in shown.values()))
+            table.add_row(*(str(v) if isinstance(v, int) else f"{v:.2f}" if k == "mean_abs_log_ea" and v is not None
+                            else _percent(v).strip() for k, v in shown.items()))  # fmt: skip
             console.print(table)
     return capture.get().rstrip()
 

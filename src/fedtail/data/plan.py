@@ -52,6 +52,27 @@ class LocalWork:
         return np.array((epoch * times)[: self.steps or None], np.int64)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Participation:
+    """Who takes part in a round: drawn uniformly without replacement among the clients that hold data."""
+
+    fraction: float = 1.0
+    """Share of the population, in (0, 1]; max(floor(fraction * clients), 1) clients are drawn."""
+    clients: int = 0
+    """Number of clients instead of a share; 0 = use the share."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1 or self.clients < 0:
+            raise ConfigError(
+                f"participation: fraction must be in (0, 1] and clients >= 0, got {self.fraction} and {self.clients}."
+            )
+
+    def size(self, population: int) -> int:
+        """Returns the cohort's size."""
+        # 0.29 * 100 comes out as 28.99...: the margin is far above rounding and far below 1.
+        return min(self.clients, population) if self.clients else max(int(self.fraction * population + 1e-9), 1)
+
+
 class Plan(NamedTuple):
     """A client's batches and draws for one phase."""
 

@@ -25,6 +25,7 @@ from fedtail.engines.parallel import ParallelEngine
 from fedtail.errors import ConfigError, FedtailError, TrainingError
 from fedtail.trees import Tree
 
+TREES = ("update", "state", "metrics", "judged")  # of a result: what holds tensors
 WATCH = 1.0  # seconds after which an idle worker looks whether its parent still lives
 
 
@@ -64,8 +65,7 @@ def serve(setting: Setting, donate: bool, pipe: Connection, parent: int) -> None
             client = Client(*(value[0] for value in setting.clients({number: plan})))
             states = {} if state is None else {number: unpack(state)}
             result = run_client(setting, worker, round, client, message, states, plan)
-            update, kept, metrics = pack(result.update), pack(result.state), pack(result.metrics)
-            pipe.send(result._replace(update=update, state=kept, metrics=metrics))
+            pipe.send(result._replace(**{name: pack(getattr(result, name)) for name in TREES}))
         except FedtailError as error:
             pipe.send(error)
         except Exception as error:
@@ -155,8 +155,7 @@ class ProcessEngine(Engine):
             raise _gone(f"The process that trained client {number} in round {round.index}") from error
         if isinstance(answer, FedtailError):
             raise answer
-        parts = (unpack(answer.update), unpack(answer.state), unpack(answer.metrics))
-        return answer._replace(update=parts[0], state=parts[1], metrics=parts[2])
+        return answer._replace(**{name: unpack(getattr(answer, name)) for name in TREES})
 
     def map_batches(self, function: Any, items: Sequence[Any]) -> list[Any]:
         """Runs them in threads: a function does not travel."""
