@@ -22,6 +22,7 @@ from fedtail import (
     Evaluation,
     Experiment,
     FedAvg,
+    Finetune,
     LocalWork,
     Participation,
     asymmetry,
@@ -29,9 +30,12 @@ from fedtail import (
     report,
     runs,
     tables,
+    terminal,
     trees,
 )
+from fedtail.algorithms.fedbabu import FedBABU
 from fedtail.algorithms.moon import MOON
+from fedtail.engines import local_models
 from fedtail.engines.base import Result, Sink
 from fedtail.engines.local_models import network_of, soft_confusion
 from fedtail.errors import ConfigError
@@ -242,6 +246,21 @@ def test_every_method_has_local_models(case):
         Federation(experiment, federated(contract_problem.PROBLEMS["ragged"].sizes, False))
     ) as running:
         assert 0 < running.step()["local_models"]["mean_abs_log_ea_after"] < 30
+
+
+def test_tuning_is_no_local_training(monkeypatch):
+    """Three of four clients train; FedBABU's last round lets all four tune, and `finetune` all that are judged."""
+    data = federated((9, 6, 0, 12, 7), images=False)
+    with contextlib.closing(
+        federation(FedBABU(), data, rounds=1, local_models=1, finetune=Finetune(epochs=1))
+    ) as running:
+        record = running.step()
+        assert (record["tune"]["clients"], record["local_models"]["clients"]) == (4, 3)
+        monkeypatch.setattr(local_models, "network_of", None)
+        record |= running.score()
+    text = terminal.scores_table(record)
+    assert "tuned: each client's" in text
+    assert "local_models" not in text, "no scores by shot group"
 
 
 def test_a_local_state_without_a_network_is_not_judged():

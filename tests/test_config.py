@@ -14,20 +14,31 @@ import fedtail
 from fedtail import config
 from fedtail.algorithm import Algorithm
 from fedtail.algorithms import fedga, fedlc, fedrs
+from fedtail.algorithms.apfl import APFL
 from fedtail.algorithms.ccvr import CCVR
 from fedtail.algorithms.climb import CLIMB
 from fedtail.algorithms.creff import CReFF
 from fedtail.algorithms.crt import CRT
+from fedtail.algorithms.ditto import Ditto
 from fedtail.algorithms.eqlv2 import EQLv2
+from fedtail.algorithms.fedbabu import FedBABU
+from fedtail.algorithms.fedbn import FedBN
 from fedtail.algorithms.feddecorr import FedDecorr
 from fedtail.algorithms.feddyn import FedDyn
+from fedtail.algorithms.fedetf import FedETF
 from fedtail.algorithms.fedloge import FedLoGe
 from fedtail.algorithms.fednova import FedNova
 from fedtail.algorithms.fedntd import FedNTD
 from fedtail.algorithms.fedopt import FedOpt
+from fedtail.algorithms.fedper import FedPer
+from fedtail.algorithms.fedproto import FedProto
+from fedtail.algorithms.fedrep import FedRep
 from fedtail.algorithms.fedrl import FedRL
+from fedtail.algorithms.fedrod import FedROD
 from fedtail.algorithms.fedsam import FedSAM
+from fedtail.algorithms.lg_fedavg import LGFedAvg
 from fedtail.algorithms.moon import MOON
+from fedtail.algorithms.pfedme import PFedMe
 from fedtail.algorithms.posthoc import PostHoc
 from fedtail.config import REGISTRIES, Data, Evaluation, Experiment, Participation, from_dict, to_dict
 from fedtail.data import longtail, partition
@@ -84,6 +95,17 @@ CHOICES = [
     MOON(mu=1.0, tau=0.2),
     FedDecorr(beta=0.05, loss=FedGA(form="exact", counts="client", strength=0.5)),
     FedSAM(rho=0.1),
+    FedPer(share_private=True),
+    FedRep(head_share=0.25, share_private=True),
+    LGFedAvg(share_private=True),
+    FedBN(share_private=True),
+    FedBABU(tune="all"),
+    FedETF(dimension=16, temperature=10.0, tune_share=0.2, loss=BalancedSoftmax(gamma=0.5)),
+    Ditto(lam=1.0),
+    PFedMe(lam=5.0, inner_steps=3, lr_shared=0.1, server_lr=0.5),
+    APFL(mix=0.25, adaptive="batch"),
+    FedROD(loss=Focal(gamma=1.0)),
+    FedProto(lam=0.1, prediction="classifier"),
     CReFF(features_per_class=9, match_lr=0.2, match_steps=8, retrain_lr=0.02, retrain_steps=6),
     fedtail.FedAvg(loss=Focal(gamma=1.0)),
     fedtail.FedAvg(loss=ClassWeighted(by="effective", beta=0.99)),
@@ -269,7 +291,13 @@ def test_the_fingerprint_changes_with_every_field(experiment):
     changed = dict(variants(experiment))
     assert len({config.fingerprint(e) for e in (experiment, *changed.values())}) == 1 + len(changed)
     # No other value of these is possible beside the other fields: "best" without a validation split, and so on.
-    alone = {"evaluation.keep", "algorithm.optimizer.nesterov", "data.partition.min_size", "autocast"}
+    alone = {
+        "evaluation.keep",
+        "evaluation.finetune.epochs",
+        "algorithm.optimizer.nesterov",
+        "data.partition.min_size",
+        "autocast",
+    }
     assert set(leaves(experiment)) - set(changed) <= alone
     for other in changed.values():
         assert from_dict(Experiment, to_dict(other)) == other
@@ -328,7 +356,7 @@ def test_messages_name_the_file_the_option_and_the_nearest_name(tmp_path):
         ("[data.partition]\nalfa = 1.0", r"mine\.toml: unknown option 'data\.partition\.alfa'; did you mean 'alpha'\?"),
         ("[algorithm.optimiser]\nlr = 1.0", r"unknown option 'algorithm\.optimiser'; did you mean 'optimizer'\?"),
         ("[local]\nzzz = 1", r"unknown option 'local\.zzz'\. Known are epochs, steps, batch_size, min_batch"),
-        ("[engine]\nworkers = -1", r"engine: workers and states_mib must be >= 0 .* got -1"),
+        ("[engine]\nworkers = -1", r"engine: workers, states_mib and chunk must be >= 0, got -1"),
     ]:
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import operator
 import re
 import shlex
 import sys
@@ -140,7 +141,7 @@ def test_no_page_refers_to_what_is_not_part_of_the_project():
 
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 PLAIN = {"Experiment": "", "data": "data.", "local": "local.", "participation": "participation.",
-         "evaluation": "evaluation.", "engine": "engine."}  # fmt: skip
+         "evaluation": "evaluation.", "evaluation.finetune": "evaluation.finetune.", "engine": "engine."}  # fmt: skip
 POLYMORPHIC = {
     "algorithm": Algorithm,
     "algorithm.loss": Loss,
@@ -184,7 +185,7 @@ def _abstract(value):
 
 @pytest.mark.parametrize("section", PLAIN)
 def test_configuration_lists_the_options_of_a_table_with_their_defaults(section):
-    cls = Experiment if section == "Experiment" else type(getattr(Experiment(), section))
+    cls = Experiment if section == "Experiment" else type(operator.attrgetter(section)(Experiment()))
     listed = {row[0]: row[1] for row in _rows(_sections(CONFIGURATION)[section])[1:]}
     defaults = _defaults(cls)
     assert listed.keys() == {PLAIN[section] + name for name in defaults}

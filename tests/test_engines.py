@@ -11,11 +11,13 @@ import torch
 from contract_problem import CLASSES, federated
 from torch import Tensor, nn
 
-from fedtail import SGD, EngineOptions, Experiment, FedAvg, FedGraB, LocalWork, trees
+from fedtail import SGD, EngineOptions, Experiment, FedAvg, FedGraB, LocalWork, Scaffold, trees
 from fedtail.algorithm import Algorithm, Phase
 from fedtail.data.federated import FederatedData
-from fedtail.engines import choose, make_engine
+from fedtail.engines import make_engine
 from fedtail.engines.base import Result, Sink
+from fedtail.engines.choice import activation_bytes, choose, fitting, free_memory, padded_share
+from fedtail.engines.processes import ALIGN, Block
 from fedtail.errors import ConfigError, DataError, TrainingError
 from fedtail.experiment import Federation
 from fedtail.local import Local, delta, descend, sgd_step, start
@@ -595,6 +597,8 @@ SMALL = nn.Linear(10, 3)
 LARGE = nn.Sequential(nn.Linear(10, 5000), nn.Linear(5000, 3))  # 55,000 + 15,003 parameters
 AT_LIMIT = nn.Sequential(nn.Linear(10, 3571), nn.Linear(3571, 3))  # 11 * 3,571 + 3 * 3,571 + 3 = 49,997
 CONVOLUTION = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+HUGE = nn.Sequential(nn.Linear(10, 200_000), nn.Linear(200_000, 3))
+LIGHT = "processes" if sys.platform == "linux" else "parallel"
 
 
 @pytest.mark.parametrize(
@@ -603,8 +607,9 @@ CONVOLUTION = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
         (SMALL, (10,), 25, 2, "vmap"),
         (SMALL, (10,), 25, 1, "vmap"),
         (AT_LIMIT, (10,), 25, 2, "vmap"),
-        (SMALL, (10,), 24, 2, "parallel"),
-        (LARGE, (10,), 100, 2, "parallel"),
+        (SMALL, (10,), 24, 2, LIGHT),
+        (LARGE, (10,), 100, 2, LIGHT),
+        (HUGE, (10,), 100, 2, "parallel"),
         (LARGE, (10,), 100, 1, "loop"),
         (CONVOLUTION, (1, 4, 4), 100, 8, "parallel"),
         (CONVOLUTION, (1, 4, 4), 1, 8, "loop"),
@@ -616,6 +621,29 @@ def test_the_rule_of_auto(module, shape, cohort, cores, expected):
     name, reason = choose(task_of(module, shape), cohort, cores)
     assert name == expected
     assert str(cohort) in reason
+
+
+def test_the_chunk_is_what_half_of_the_free_memory_holds():
+    """Linear(10, 3): 33 parameters of 4 bytes, six copies each; its backward pass keeps an example's 10 inputs."""
+    task = task_of(SMALL)
+    parameters, kept = 4 * 33, 4 * 10
+    assert activation_bytes(task) == kept
+    each = 6 * parameters + 8 * kept
+    assert fitting(task, 100, 8, 2 * 7 * each) == 7
+    assert fitting(task, 100, 8, 2 * 7 * each - 1) == 6
+    assert fitting(task, 100, 8, 1) == 1
+    assert fitting(task, 20, 8, 1 << 40) == 20
+    assert fitting(task, 100, 8, 1 << 40) == 32  # the most on a CPU
+    assert 1 << 20 < free_memory(torch.device("cpu")) < 1 << 50
+
+
+def test_the_share_of_padding_by_hand():
+    """Chunks by steps: (4, 2) and (3,) compute 4 + 4, 2 rows and 3; with everyone together step 0 computes 4 + 4 + 4."""
+    lengths = [np.array([3]), np.array([4, 2]), np.array([2])]
+    assert padded_share(lengths, 3) == 1 - 11 / 14
+    assert padded_share(lengths, 2) == 1 - 11 / 12
+    assert padded_share(lengths, 1) == 0
+    assert padded_share([], 4) == 0
 
 
 def test_a_gpu_always_stacks():
@@ -631,9 +659,14 @@ def test_auto_is_resolved_in_the_runs_configuration():
         make_engine(EngineOptions(), running.engine.setting)
 
 
-@pytest.mark.parametrize("options", [{"workers": -1}, {"chunk": 0}, {"states_mib": -1}])
+def test_a_chunk_of_zero_is_resolved_in_the_runs_configuration():
+    with contextlib.closing(federation(FedAvg(), EngineOptions(name="vmap"))) as running:
+        assert running.experiment.engine.chunk == len(SIZES)
+
+
+@pytest.mark.parametrize("options", [{"workers": -1}, {"chunk": -1}, {"states_mib": -1}])
 def test_impossible_options(options):
-    with pytest.raises(ConfigError, match="engine: workers and states_mib must be >= 0 and chunk >= 1"):
+    with pytest.raises(ConfigError, match="engine: workers, states_mib and chunk must be >= 0"):
         EngineOptions(**options)
 
 
@@ -718,16 +751,20 @@ def test_autocast_leaves_float64_alone_and_is_refused_there():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler, about torch.jit
-def test_compiled_is_the_same_to_rounding():
-    _, plain = server_after_a_step(EngineOptions(name="loop"), dtype="float64")
-    _, other = server_after_a_step(EngineOptions(name="loop", compile=True), dtype="float64")
+@pytest.mark.parametrize("name", ["loop", "vmap"])
+def test_compiled_is_the_same_to_rounding(name):
+    _, plain = server_after_a_step(EngineOptions(name=name), dtype="float64")
+    _, other = server_after_a_step(EngineOptions(name=name, compile=True), dtype="float64")
     torch.testing.assert_close(other, plain, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("option", ["compile", "channels_last"])
-def test_what_does_not_go_with_vmap_is_refused(option):
-    with pytest.raises(ConfigError, match=rf"engine\.{option} does not go with the engine vmap"):
-        federation(FedAvg(), EngineOptions(name="vmap", **{option: True}))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler, which is imported
+def test_what_does_not_go_with_vmap_is_refused():
+    with pytest.raises(ConfigError, match=r"engine\.channels_last does not go with the engine vmap"):
+        federation(FedAvg(), EngineOptions(name="vmap", channels_last=True))
+    dropped = MLP(hidden=(4,), dropout=0.5)
+    with pytest.raises(ConfigError, match=r"engine\.compile, with a model that has Dropout layers, does not go with"):
+        federation(FedAvg(), EngineOptions(name="vmap", compile=True), model=dropped)
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
@@ -738,9 +775,9 @@ PROCESSES = EngineOptions(name="processes", workers=2)
 def test_a_killed_worker_ends_the_run_with_a_clear_error_and_the_next_use_starts_new_ones():
     with contextlib.closing(federation(FedAvg(), PROCESSES)) as running:
         running.engine.open()
-        for process, _ in running.engine._pool:
-            process.kill()
-            process.join()
+        for hand in running.engine._pool:
+            hand.process.kill()
+            hand.process.join()
         with pytest.raises(TrainingError, match="ended without an answer"):
             running.step()
         record = running.step()
@@ -750,10 +787,40 @@ def test_a_killed_worker_ends_the_run_with_a_clear_error_and_the_next_use_starts
 def test_workers_end_with_their_engine():
     running = federation(FedAvg(), PROCESSES)
     running.step()
-    workers = [process for process, _ in running.engine._pool]
+    workers = [hand.process for hand in running.engine._pool]
     assert all(process.is_alive() for process in workers)
     running.close()
     assert not any(process.is_alive() for process in workers)
+
+
+def test_a_block_keeps_what_fits_and_hands_on_the_rest():
+    block = Block(2 * ALIGN)
+    tree = {"a": torch.arange(3.0), "b": (torch.tensor(7), torch.ones(100, dtype=torch.float64)), "c": torch.zeros(0)}
+    assert not block.fits(tree)
+    laid = block.put(tree)
+    assert isinstance(laid["b"][1], np.ndarray)
+    assert trees.equal(block.get(laid), tree)
+    view = block.get(laid, copy=False)["a"]
+    assert view.data_ptr() % ALIGN == 0
+    kept = block.get(laid)["a"]
+    block.put({"a": torch.full((3,), 9.0)})
+    assert view.tolist() == [9, 9, 9]
+    assert kept.tolist() == [0, 1, 2]
+
+
+def test_states_and_results_without_room_travel_all_the_same(monkeypatch):
+    """Blocks of one page: everything but scalars goes through the pipe, and a second client waits where it might block."""
+    with contextlib.closing(federation(Scaffold(), EngineOptions(name="loop"))) as running:
+        for _ in range(2):
+            running.advance(running.step())
+        expected = running.server, dict(running.states)
+    whole = Block.__init__
+    monkeypatch.setattr(Block, "__init__", lambda self, size: whole(self, 64))
+    monkeypatch.setattr("fedtail.engines.processes.AHEAD", 0)
+    with contextlib.closing(federation(Scaffold(), PROCESSES)) as running:
+        for _ in range(2):
+            running.advance(running.step())
+        assert trees.equal((running.server, dict(running.states)), expected)
 
 
 def test_processes_need_a_cpu():

@@ -2,6 +2,7 @@
 
     python benchmarks/speed/run.py                          everything: about half an hour on two cores, downloads the peers
     python benchmarks/speed/run.py --workloads W1 --peers   one workload, without peers
+    python benchmarks/speed/run.py --device cuda            G1 on a GPU: fedtail, the bare loop and pfl
 
 Writes benchmarks/results/speed.json and speed.md. Each contestant is a process of its own (peers/*.py), peers in environments
 of their own under benchmarks/speed/.env. All are started first; then, `--repeats` times, each in turn plays rounds for
@@ -11,6 +12,7 @@ of their own under benchmarks/speed/.env. All are started first; then, `--repeat
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,12 +66,14 @@ class Contestant:
         command = [str(python), str(HERE / "peers" / words[0]), str(workload), *words[1:]]
         quiet = {"FLWR_TELEMETRY_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
+        begun = time.perf_counter()
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env={**os.environ, **quiet},
         )  # fmt: skip
         first = self._answer()
-        self.startup, self.first = first["startup"], first["seconds"]
+        self.first = first["seconds"]
+        self.startup = time.perf_counter() - begun - self.first  # from the call of the interpreter to the first round
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout
@@ -79,15 +83,22 @@ class Contestant:
         self.errors.seek(0)
         raise RuntimeError(self.errors.read()[-2000:])
 
+    def signal(self, what: signal.Signals) -> None:
+        """Stops or continues the process and all that it has started: Ray works a little even when nothing is asked of it."""
+        for pid in family(self.process.pid):
+            os.kill(pid, what)
+
     def turn(self, seconds: float) -> tuple[float, float]:
-        """Plays rounds for so long; returns (samples a second, seconds a round)."""
+        """Plays rounds for so long; returns (samples a second, seconds a round). Between its turns it is stopped."""
         assert self.process.stdin
+        self.signal(signal.SIGCONT)
         total = samples = rounds = 0.0
         while total < seconds:
             self.process.stdin.write("go\n")
             self.process.stdin.flush()
             answer = self._answer()
             total, samples, rounds = total + answer["seconds"], samples + answer["samples"], rounds + 1
+        self.signal(signal.SIGSTOP)
         return samples / total, total / rounds
 
     def memory(self) -> float:
@@ -101,6 +112,7 @@ class Contestant:
     def close(self) -> None:
         """Ends it."""
         assert self.process.stdin
+        self.signal(signal.SIGCONT)
         self.process.stdin.close()
         try:
             self.process.wait(60)
@@ -108,11 +120,11 @@ class Contestant:
             self.process.kill()
 
 
-def measure(name: str, peers: list[str], repeats: int, turn: float, folder: Path) -> dict[str, Any]:
+def measure(name: str, own: list[str], peers: list[str], repeats: int, turn: float, folder: Path) -> dict[str, Any]:
     """Returns the readings of one workload: by contestant, or why it did not take part."""
     file = folder / f"{name}.npz"
     write(name, file)
-    entries: dict[str, tuple[str | Path, list[str]]] = {k: (sys.executable, v) for k, v in OWN.items()}
+    entries: dict[str, tuple[str | Path, list[str]]] = {label: (sys.executable, OWN[label]) for label in own}
     readings: dict[str, Any] = {}
     for peer in peers:
         try:
@@ -124,6 +136,7 @@ def measure(name: str, peers: list[str], repeats: int, turn: float, folder: Path
         print(f"{name}: {label} starts", flush=True)
         try:
             playing[label] = Contestant(python, words, file)
+            playing[label].signal(signal.SIGSTOP)
         except RuntimeError as error:
             readings[label] = {"failed": str(error)}
             print(f"{name}: {label} does not take part:\n{error}", flush=True)
@@ -168,20 +181,30 @@ def table(name: str, readings: dict[str, Any]) -> str:
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", default=[*SHAPES], choices=[*SHAPES])
-    parser.add_argument("--peers", nargs="*", default=[*PEERS], choices=PEERS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--workloads", nargs="+", choices=[*SHAPES])
+    parser.add_argument(
+        "--own", nargs="+", choices=[*OWN], help="of fedtail and bare PyTorch; fedtail auto must be there"
+    )
+    parser.add_argument("--peers", nargs="*", choices=PEERS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--turn", type=float, default=2.0, help="seconds")
     parser.add_argument("--output", type=Path, default=HERE.parent / "results")
     args = parser.parse_args()
+    os.environ["SPEED_DEVICE"] = args.device
+    gpu = args.device != "cpu"
+    workloads = args.workloads or (["G1"] if gpu else [name for name in SHAPES if name.startswith("W")])
+    own = args.own or (["fedtail auto", "fedtail loop", "floor, 1 thread"] if gpu else [*OWN])
+    peers = args.peers if args.peers is not None else (["pfl"] if gpu else [*PEERS])
+    result = args.output / ("speed_gpu" if gpu else "speed")
     args.output.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"machine": describe(), "repeats": args.repeats, "turn_seconds": args.turn, "workloads": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.workloads:
-            found["workloads"][name] = measure(name, args.peers, args.repeats, args.turn, Path(folder))
-            (args.output / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
+        for name in workloads:
+            found["workloads"][name] = measure(name, own, peers, args.repeats, args.turn, Path(folder))
+            result.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     text = "\n".join(table(name, readings) for name, readings in found["workloads"].items())
-    (args.output / "speed.md").write_text(f"{time.strftime('%Y-%m-%d')}, {found['machine']['text']}\n\n{text}")
+    result.with_suffix(".md").write_text(f"{time.strftime('%Y-%m-%d')}, {found['machine']['text']}\n\n{text}")
     print(text)
 
 

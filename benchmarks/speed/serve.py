@@ -6,6 +6,7 @@ Needs numpy and torch, not fedtail.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-BEGUN = time.perf_counter()
+DEVICE = os.environ.get("SPEED_DEVICE", "cpu")  # what run.py --device says
 
 
 class Workload(NamedTuple):
@@ -27,14 +28,14 @@ class Workload(NamedTuple):
     y: np.ndarray[Any, Any]  # int64 [examples]
     owners: list[np.ndarray[Any, Any]]  # one int64 index array a client
     cohorts: np.ndarray[Any, Any]  # int64 [rounds, cohort]: who takes part; rounds beyond the last begin again
-    model: str  # "lenet", "mlp" or "resnet8"
+    model: str  # "lenet", "mlp", "resnet8" or "cnn"
     batch_size: int
     lr: float
     momentum: float
 
     def inputs(self) -> Tensor:
-        """Returns all images as the network sees them: float32 in [-1, 1]."""
-        return torch.from_numpy(self.x).float().div_(127.5).sub_(1)
+        """Returns all images as the network sees them: float32 in [-1, 1], on the device."""
+        return torch.from_numpy(self.x).to(DEVICE).float().div_(127.5).sub_(1)
 
     def cohort(self, round: int) -> list[int]:
         """Returns who takes part in a round."""
@@ -47,6 +48,17 @@ def load(path: str | Path) -> Workload:
         owners = np.split(file["members"], file["offsets"][1:-1])
         return Workload(file["x"], file["y"], owners, file["cohorts"], str(file["model"]), int(file["batch_size"]),
                         float(file["lr"]), float(file["momentum"]))  # fmt: skip
+
+
+class CNN(nn.Sequential):
+    """The network of pfl-research's CIFAR-10 benchmark, without its Dropout: two 3x3 convolutions, 128 hidden units."""
+
+    def __init__(self, input_shape: tuple[int, ...] = (3, 32, 32), num_classes: int = 10):
+        side = (input_shape[1] - 4) // 2
+        super().__init__(
+            nn.Conv2d(input_shape[0], 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(64 * side * side, 128), nn.ReLU(), nn.Linear(128, num_classes),
+        )  # fmt: skip
 
 
 class _Block(nn.Module):
@@ -70,8 +82,14 @@ class _Block(nn.Module):
 
 
 def network(workload: Workload) -> nn.Module:
-    """Makes the workload's network: the same sizes as fedtail's lenet, mlp (200, 200) and resnet8 with GroupNorm."""
+    """Makes the workload's network on the device: as large as fedtail's lenet, mlp (200, 200), resnet8 with GroupNorm."""
     torch.manual_seed(0)
+    return _network(workload).to(DEVICE)
+
+
+def _network(workload: Workload) -> nn.Module:
+    if workload.model == "cnn":
+        return CNN(workload.x.shape[1:])
     channels, height, _ = workload.x.shape[1:]
     if workload.model == "mlp":
         sizes = [channels * height * height, 200, 200, 10]
@@ -103,12 +121,13 @@ def play(workload: Workload, round_of: Callable[[int], None]) -> None:
         workload: for the number of samples in a round.
         round_of: plays round number i: local training of `workload.cohort(i)` and the mean.
     """
-    built = time.perf_counter() - BEGUN
     for number in range(sys.maxsize):
         if number and not sys.__stdin__.readline().strip():
             return
         samples = sum(len(workload.owners[i]) for i in workload.cohort(number))
         start = time.perf_counter()
         round_of(number)
+        if DEVICE != "cpu":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        say(seconds=seconds, samples=samples, **({} if number else {"startup": built}))
+        say(seconds=seconds, samples=samples)

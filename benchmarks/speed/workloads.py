@@ -36,11 +36,13 @@ SHAPES = {
     "W2a": Shape((1, 28, 28), 1000, 60, 100, 20, "lenet"),
     "W2b": Shape((1, 28, 28), 1000, 60, 100, 20, "mlp"),
     "W3": Shape((3, 32, 32), 40, 500, 4, 64, "resnet8"),
+    "G1": Shape((3, 32, 32), 1000, 50, 50, 10, "cnn"),  # pfl-research's CIFAR-10 benchmark, for a GPU
 }
 MODELS = {
     "lenet": {"name": "lenet"},
     "mlp": {"name": "mlp", "hidden": [200, 200]},
     "resnet8": {"name": "resnet8", "norm": "group"},
+    "cnn": {"name": f"{serve.__file__}:CNN"},
 }
 
 
@@ -95,13 +97,13 @@ def experiment_of(name: str, engine: str = "auto", algorithm: str = "fedavg", **
     return config.from_dict(Experiment, {
         "rounds": 10**6, "algorithm": {"name": algorithm, "optimizer": optimizer}, "model": MODELS[shape.model],
         "local": {"epochs": 1, "batch_size": shape.batch_size}, "participation": {"clients": shape.cohort},
-        "evaluation": {"every": 10**6, "local": False}, "engine": {"name": engine}, **changes,
+        "evaluation": {"every": 10**6, "local": False}, "engine": {"name": engine}, "device": serve.DEVICE, **changes,
     })  # fmt: skip
 
 
 def data_of(work: serve.Workload, server: int = 0) -> FederatedData:
     """Returns a workload's data as fedtail has them; `server` examples are lent to the server too."""
-    columns = {"x": torch.from_numpy(work.x), "y": torch.from_numpy(work.y)}
+    columns = {key: torch.from_numpy(value).to(serve.DEVICE) for key, value in (("x", work.x), ("y", work.y))}
     test = {key: value[:100] for key, value in columns.items()}
     nobody = [np.zeros(0, np.int64) for _ in work.owners]
     half = (0.5,) * work.x.shape[1]

@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from fedtail.algorithms.fedprox import FedProx
     from fedtail.algorithms.scaffold import Scaffold
     from fedtail.checks import check
-    from fedtail.config import Data, Evaluation, Experiment
+    from fedtail.config import Data, Experiment
     from fedtail.data.plan import LocalWork, Participation
     from fedtail.engines import EngineOptions
     from fedtail.errors import FedtailError
+    from fedtail.evaluate import Evaluation
     from fedtail.experiment import RoundResult, load, resume, run
     from fedtail.local import Local, delta, descend, sgd_step, start
     from fedtail.losses import cross_entropy
     from fedtail.optim import SGD, Adam
+    from fedtail.personalise import Finetune
     from fedtail.runs import RunRecord, read
     from fedtail.task import Draw, Variables
 
@@ -29,9 +31,10 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Adam": "optim", "Algorithm": "algorithm", "Batch": "algorithm", "Client": "algorithm", "Context": "algorithm",
-    "Data": "config", "Draw": "task", "EngineOptions": "engines", "Evaluation": "config", "Experiment": "config",
+    "Data": "config", "Draw": "task", "EngineOptions": "engines", "Evaluation": "evaluate", "Experiment": "config",
     "FedAvg": "algorithms.fedavg", "FedGraB": "algorithms.fedgrab", "FedProx": "algorithms.fedprox",
-    "FedtailError": "errors", "Local": "local", "LocalWork": "data.plan", "Participation": "data.plan",
+    "FedtailError": "errors", "Finetune": "personalise", "Local": "local", "LocalWork": "data.plan",
+    "Participation": "data.plan",
     "Phase": "algorithm", "Round": "algorithm", "RoundResult": "experiment", "RunRecord": "runs", "SGD": "optim",
     "Scaffold": "algorithms.scaffold", "Variables": "task", "check": "checks", "cross_entropy": "losses",
     "delta": "local", "descend": "local", "load": "experiment", "read": "runs", "resume": "experiment", "run": "experiment",
@@ -40,9 +43,9 @@ _WHERE = {
 
 __all__ = [
     "SGD", "Adam", "Algorithm", "Batch", "Client", "Context", "Data", "Draw", "EngineOptions", "Evaluation",
-    "Experiment", "FedAvg", "FedGraB", "FedProx", "FedtailError", "Local", "LocalWork", "Participation", "Phase", "Round",
-    "RoundResult", "RunRecord", "Scaffold", "Variables", "check", "cross_entropy", "delta", "descend", "load", "read",
-    "resume", "run", "sgd_step", "start",
+    "Experiment", "FedAvg", "FedGraB", "FedProx", "FedtailError", "Finetune", "Local", "LocalWork", "Participation", "Phase",
+    "Round", "RoundResult", "RunRecord", "Scaffold", "Variables", "check", "cross_entropy", "delta", "descend", "load",
+    "read", "resume", "run", "sgd_step", "start",
 ]  # fmt: skip
 
 

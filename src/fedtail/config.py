@@ -27,8 +27,9 @@ from fedtail.data.partition import PARTITIONS, DirichletMultinomial, Partition
 from fedtail.data.plan import LocalWork, Participation
 from fedtail.engines import EngineOptions
 from fedtail.errors import ConfigError, did_you_mean
+from fedtail.evaluate import Evaluation
 from fedtail.losses import LOSSES, Loss
-from fedtail.metrics import GROUP_RULES, Cumulative, GroupRule
+from fedtail.metrics import GROUP_RULES, GroupRule
 from fedtail.models.specs import MLP, MODELS, ModelSpec, UserModel
 from fedtail.optim import OPTIMIZERS, Optimizer
 from fedtail.schedule import SCHEDULES, Constant, Schedule
@@ -66,41 +67,6 @@ class Data:
                               f"{self.image_size}, {self.cache_mib} and {self.decode_threads}.")  # fmt: skip
         if self.validation < 0 or self.server < 0:
             raise ConfigError(f"data.validation and data.server must be >= 0, got {self.validation} and {self.server}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """When and how a model is judged."""
-
-    every: int = 1
-    """Rounds between two evaluations; the last round is always evaluated."""
-    groups: GroupRule = Cumulative()
-    """What head, medium and tail mean."""
-    local: bool = True
-    """Judge on each client's matched local test set too."""
-    drift: bool = False
-    """Also measure how far the clients' updates lie from their mean; costs a few passes over each update."""
-    local_models: int = 0
-    """Rounds between two in which each client's own model is judged too, before and after local training, on the global
-    test set (costs two passes over it a client); 0 = never."""
-    double_softmax: bool = False
-    """Error asymmetry from softmax(softmax(z)), as FedGA's code computes it by mistake: to compare with its plots alone."""
-    targets: tuple[float, ...] = ()
-    """Overall accuracies in (0, 1] whose first round `compare` reports; fixed before the run, as part of it."""
-    batch_size: int = 500
-    """Images in an evaluation batch."""
-    label_mask: Literal["none", "train", "test"] = "none"
-    """Classes that a prediction on a client's local test set may name: all, those of its training data, or of that set."""
-    keep: Literal["last", "best"] = "last"
-    """"best" also keeps the checkpoint with the highest balanced accuracy on the validation split."""
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.batch_size < 1:
-            raise ConfigError(f"evaluation: every and batch_size must be >= 1, got {self.every} and {self.batch_size}.")
-        if self.local_models < 0:
-            raise ConfigError(f"evaluation.local_models must be >= 0, got {self.local_models}.")
-        if not all(0 < target <= 1 for target in self.targets):
-            raise ConfigError(f"evaluation.targets must be accuracies in (0, 1], got {list(self.targets)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,25 +1,65 @@
 """Judging a model: predictions become confusion counts, and every reported number comes from sums of those."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedtail.algorithm import Algorithm, Client, Context, Round
-from fedtail.config import Evaluation
+from fedtail.algorithm import Algorithm, Client, Context, Phase, Round
 from fedtail.data.federated import FederatedData
-from fedtail.engines.base import Engine, blame
+from fedtail.data.members import Members
+from fedtail.engines.base import Engine, Sink, blame
 from fedtail.engines.local_models import soft_confusion
-from fedtail.errors import ConfigError
-from fedtail.metrics import Floats, GroupRule, ShotGroups, asymmetry_scores, client_spread, from_confusion
+from fedtail.errors import ConfigError, TrainingError
+from fedtail.metrics import Cumulative, Floats, GroupRule, ShotGroups, asymmetry_scores, client_spread, from_confusion
+from fedtail.personalise import PIECE, Finetune
 from fedtail.task import Worker
 from fedtail.trees import Tree
 
 Split = Literal["all", "test", "validation", "train"]
 Counts = np.ndarray[Any, Any]  # int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """When and how a model is judged."""
+
+    every: int = 1
+    """Rounds between two evaluations; the last round is always evaluated."""
+    groups: GroupRule = Cumulative()
+    """What head, medium and tail mean."""
+    local: bool = True
+    """Judge on each client's matched local test set too."""
+    drift: bool = False
+    """Also measure how far the clients' updates lie from their mean; costs a few passes over each update."""
+    local_models: int = 0
+    """Rounds between two in which each client's own model is judged too, before and after local training, on the global
+    test set (costs two passes over it a client); 0 = never."""
+    double_softmax: bool = False
+    """Error asymmetry from softmax(softmax(z)), as FedGA's code computes it by mistake: to compare with its plots alone."""
+    targets: tuple[float, ...] = ()
+    """Overall accuracies in (0, 1] whose first round `compare` reports; fixed before the run, as part of it."""
+    batch_size: int = 500
+    """Images in an evaluation batch."""
+    label_mask: Literal["none", "train", "test"] = "none"
+    """Classes that a prediction on a client's local test set may name: all, those of its training data, or of that set."""
+    finetune: Finetune = Finetune()
+    """Whether the model is also judged after tuning on each client's own data."""
+    keep: Literal["last", "best"] = "last"
+    """"best" also keeps the checkpoint with the highest balanced accuracy on the validation split."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.batch_size < 1:
+            raise ConfigError(f"evaluation: every and batch_size must be >= 1, got {self.every} and {self.batch_size}.")
+        if self.local_models < 0:
+            raise ConfigError(f"evaluation.local_models must be >= 0, got {self.local_models}.")
+        if not all(0 < target <= 1 for target in self.targets):
+            raise ConfigError(f"evaluation.targets must be accuracies in (0, 1], got {list(self.targets)}.")
+        if self.finetune.epochs and not self.local:
+            raise ConfigError("evaluation.finetune is judged on the local test sets: set evaluation.local = true.")
 
 
 def shot_groups(rule: GroupRule, data: FederatedData) -> ShotGroups:
@@ -58,12 +98,13 @@ class Judge:
     message: Tree
     states: Mapping[int, Tree]
     options: Evaluation
+    newcomers: Counts  # clients that never take part, (number,); they are judged apart
 
     def scores(self, split: Split) -> dict[str, Any]:
         """Returns the scores of a split by name; each names its test set and its rule for the shot groups.
 
-        "test" brings "local" (each client's matched part of the test set) and, for methods with personal models,
-        "personal" (the same sets, each client's own model). "all" is test, and validation where there is one.
+        "test" brings "local" (each client's matched part of the test set), "newcomers" (the same for those) and, for methods
+        with personal models, "personal" (each client's own model). "all" is test, and validation where there is one.
         """
         data = self.engine.setting.data
         if split == "validation" and not len(data.validation):
@@ -74,7 +115,8 @@ class Judge:
         if split in ("all", "validation") and len(data.validation):
             found["validation"] = self._rows("validation split", data.validation)
         if split == "train":
-            found["train"] = self._rows("training examples of all clients", np.concatenate(list(data.owners)))
+            held = [rows for k, rows in enumerate(data.owners) if k not in self.newcomers]
+            found["train"] = self._rows("training examples of all clients", np.concatenate(held))
         return found
 
     def _test(self) -> dict[str, Any]:
@@ -84,20 +126,65 @@ class Judge:
 
     def _reading(self, algorithm: Algorithm) -> dict[str, Any]:
         """Returns the scores of one way to predict."""
-        data, rule, mask = self.engine.setting.data, self.options.groups, self.options.label_mask
+        data = self.engine.setting.data
+        everyone = range(data.clients)
         true = data.test["y"].numpy(force=True)
         labels, soft = self.generic(algorithm, data.test, np.arange(len(true)))
         found = {"test": self._global(f"global test set, {len(true)} examples", true, labels, soft)}
         if not self.options.local:
             return found
-        sets = {"local": [labels[rows] for rows in data.local_tests] if mask == "none" else self.each(algorithm, False)}
+        each = (
+            [labels[rows] for rows in data.local_tests]
+            if self.options.label_mask == "none"
+            else self.each(algorithm, False, everyone)
+        )
+        found |= self._spread("local", each, "newcomers")
         if algorithm.personal:
-            sets["personal"] = self.each(algorithm, True)
-        for name, each in sets.items():
-            pairs = zip(data.local_tests, each, strict=True)
-            counts = np.stack([confusion(true[rows], p, data.num_classes) for rows, p in pairs])
-            found[name] = {"test_set": f"each client's matched part of the test set{MASKS[mask]}",
-                           "groups": rule.describe(), **client_spread(counts, local_groups(rule, data))}  # fmt: skip
+            found |= self._spread("personal", self.each(algorithm, True, everyone))
+        return found
+
+    def tuned(self) -> dict[str, Any]:
+        """Lets every client that is judged tune the message, a piece of them at a time; returns the scores of what comes out.
+
+        The engine's algorithm is a `Tuning`. Batches are those of the round behind the last one, which no training has. A
+        client without a batch keeps the message's model.
+
+        Raises:
+            TrainingError: a client's loss is not finite.
+        """
+        data, work = self.engine.setting.data, self.engine.setting.work
+        able = (work.count(Members.of(data.owners).sizes) > 0) & (Members.of(data.local_tests).sizes > 0)
+        some, rest = np.flatnonzero(able), np.flatnonzero(~able).tolist()
+        labels = dict(zip(rest, self.each(self.engine.setting.algorithm, False, rest), strict=True))
+        for piece in np.array_split(some, max(-(-len(some) // PIECE), 1)):
+            labels.update(zip(piece.tolist(), self._piece(piece.tolist()), strict=True))
+        return self._spread("tuned", [labels[k] for k in range(data.clients)], "newcomers_tuned")
+
+    def _piece(self, clients: Sequence[int]) -> list[Counts]:
+        """Tunes the message on these clients and returns their labels; the tuned models live no longer than this call."""
+        setting = self.engine.setting
+        here = self.round._replace(index=self.round.rounds, phase=Phase("finetune"), lr_scale=1.0, counts=None)
+        plans = setting.plans(here, 0, clients)
+        sink = Sink(list(plans))
+        try:
+            self.engine.cohort(here, 0, self.message, {}, plans, sink)
+        except TrainingError as error:
+            raise TrainingError(f"In evaluation.finetune, which has its own lr: {error}") from error
+        return replace(self, states=sink.states).each(setting.algorithm, True, clients)
+
+    def _spread(self, name: str, labels: Sequence[Counts], apart: str = "") -> dict[str, Any]:
+        """Returns how the clients fare by these labels of their local test sets, and, as `apart`, how the newcomers do."""
+        data, rule = self.engine.setting.data, self.options.groups
+        true, groups = data.test["y"].numpy(force=True), local_groups(rule, data)
+        pairs = zip(data.local_tests, labels, strict=True)
+        counts = np.stack([confusion(true[rows], p, data.num_classes) for rows, p in pairs])
+        new = np.isin(np.arange(data.clients), self.newcomers)
+        found: dict[str, Any] = {}
+        for key, who, whose in ((name, ~new, "client"), (apart, new, "newcomer")):
+            if key and who.any():
+                own = groups if isinstance(groups, ShotGroups) else [groups[k] for k in np.flatnonzero(who)]
+                found[key] = {"test_set": f"each {whose}'s matched part of the test set{MASKS[self.options.label_mask]}",
+                              "groups": rule.describe(), **client_spread(counts[who], own)}  # fmt: skip
         return found
 
     def _rows(self, what: str, rows: Counts) -> dict[str, Any]:
@@ -133,19 +220,21 @@ class Judge:
         labels, soft = zip(*self.engine.map_batches(one, parts), strict=True)
         return torch.cat(labels).numpy(force=True), torch.stack(soft).sum(0).numpy(force=True)
 
-    def each(self, algorithm: Algorithm, personal: bool) -> list[Counts]:
-        """Returns labels for every client's local test set, by its own model or the generic one, under the label mask."""
+    def each(self, algorithm: Algorithm, personal: bool, clients: Sequence[int]) -> list[Counts]:
+        """Returns labels for clients' local test sets, by their own models or the generic one, under the label mask."""
         setting = self.engine.setting
         data, dtype, device = setting.data, setting.task.dtype, setting.task.device
-        held = data.counts()
-        allowed = {"none": np.ones_like(held), "train": held, "test": data.test_counts()}[self.options.label_mask] > 0
+        true = data.test["y"].numpy(force=True)
 
         def one(worker: Worker, number: int) -> Counts:
             rows = torch.from_numpy(data.local_tests[number]).to(device)
-            counts = torch.from_numpy(held[number]).to(device, dtype)
+            held = data.counts_of([number])[0]
+            tested = np.bincount(true[data.local_tests[number]], minlength=data.num_classes)
+            allowed = {"none": np.ones_like(held), "train": held, "test": tested}[self.options.label_mask] > 0
+            counts = torch.from_numpy(held).to(device, dtype)
             client = Client(torch.tensor(number, device=device), counts.sum(), counts, torch.zeros_like(counts[0]))
             ctx = Context(worker, self.round, self.constants, client if personal else None)
-            closed = torch.from_numpy(~allowed[number]).to(device)
+            closed = torch.from_numpy(~allowed).to(device)
             with torch.no_grad(), blame("predict"):
                 state = setting.state(ctx, self.message, self.states, number) if personal else None
                 inputs = (data.test["x"].index_select(0, part) for part in rows.split(self.options.batch_size))
@@ -153,4 +242,4 @@ class Judge:
                 labels = [z.masked_fill(closed, -torch.inf).argmax(1) for z in scores]
             return torch.cat(labels).numpy(force=True)
 
-        return self.engine.map_batches(one, range(data.clients))
+        return self.engine.map_batches(one, clients)

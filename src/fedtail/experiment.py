@@ -24,8 +24,9 @@ from fedtail.data.federated import FederatedData
 from fedtail.data.members import Members
 from fedtail.data.plan import make_plan
 from fedtail.drift import Drift
-from fedtail.engines import choose, distributed, local_models, make_engine
+from fedtail.engines import distributed, local_models, make_engine
 from fedtail.engines.base import Engine, Setting, Sink, blame, one_thread
+from fedtail.engines.choice import resolve
 from fedtail.engines.loop import iterate
 from fedtail.errors import CheckpointError, ConfigError, TrainingError
 from fedtail.evaluate import Judge, Split, shot_groups
@@ -62,16 +63,11 @@ class Federation:
         self.task = make_task(experiment, self.data)
         if experiment.start:
             self.task = dataclasses.replace(self.task, initial=initial or _initial(experiment, self.task))
-        self.holders = np.flatnonzero(Members.of(self.data.owners).sizes >= experiment.local.min_batch)
-        if not len(self.holders):
-            raise ConfigError("data.partition and local.min_batch leave no client with a batch. Lower local.min_batch.")
-        size = min(experiment.participation.size(self.data.clients), len(self.holders))
+        self.holders, self.newcomers = _takers(experiment, self.data)
+        size = min(experiment.participation.size(self.data.clients - len(self.newcomers)), len(self.holders))
         self.cohort_size = size
-        options = experiment.engine
-        self.reason = "as configured"
-        if options.name == "auto":
-            name, self.reason = choose(self.task, size, options.cores())
-            options = dataclasses.replace(options, name=name)
+        options, self.reason = resolve(experiment.engine, self.task, size, experiment.local.batch_size)
+        experiment.evaluation.finetune.check(self.task)
         self.experiment = dataclasses.replace(experiment, engine=options)
         self.algorithm = experiment.algorithm
         if self.algorithm.needs_server_data and not len(self.data.server):
@@ -79,7 +75,8 @@ class Federation:
                               "(images per class), for example 1.")  # fmt: skip
         self.counts: torch.Tensor | None = None
         if self.algorithm.shares_counts:
-            self.counts = torch.from_numpy(self.data.class_totals()).to(self.task.device, self.task.dtype)
+            totals = self.data.class_totals(without=self.newcomers.tolist())
+            self.counts = torch.from_numpy(totals).to(self.task.device, self.task.dtype)
         shot_groups(experiment.evaluation.groups, self.data)  # a rule that does not fit is refused before training
         self.round, self.stage, self.best = 0, 0, -1.0
         self.states = ClientStates(experiment.engine.states_bytes())
@@ -95,9 +92,13 @@ class Federation:
         task = self.algorithm.stage_task(self.task, self.stage)
         experiment = self.experiment
         judging = experiment.evaluation
-        setting = Setting(self.algorithm, task, self.data, experiment.local, experiment.seed, self.constants,
-                          judging.local_models, judging.batch_size, judging.double_softmax)  # fmt: skip
-        engine = make_engine(experiment.engine, setting)
+        return self._running(
+            Setting(self.algorithm, task, self.data, experiment.local, experiment.seed, self.constants,
+                    judging.local_models, judging.batch_size, judging.double_softmax)
+        )  # fmt: skip
+
+    def _running(self, setting: Setting) -> Engine:
+        engine = make_engine(self.experiment.engine, setting)
         return distributed.DistributedEngine(engine) if distributed.ranks() > 1 else engine
 
     def close(self) -> None:
@@ -191,7 +192,7 @@ class Federation:
         """Loops `server_step` over the server's data, for as much work as a client's."""
         experiment, ctx, setting = self.experiment, self.context(Phase("server")), self.engine.setting
         plan = make_plan(experiment.seed, self.round, 0, self.data.clients, self.data.server, experiment.local,
-                         setting.draws())  # fmt: skip
+                         setting.draws)  # fmt: skip
         sums = dict[str, torch.Tensor]()
         for batch in iterate(setting, plan):
             with blame("server_step"):
@@ -200,13 +201,24 @@ class Federation:
         return plain({k: v / len(plan.lengths) for k, v in sums.items()})
 
     def score(self, split: Split = "all") -> dict[str, Any]:
-        """Judges the present model on a split; "all" is what a round is judged on: test and validation."""
+        """Judges the present model on a split; "all" is what a round is judged on: test and validation.
+
+        From the last round on, "all" and "test" also judge what comes of it by `evaluation.finetune`.
+        """
         self.engine.open()
-        ctx = self.context(cohort=self.cohort_size)
-        judge = Judge(
-            self.engine, ctx.round, self.constants, self.message(ctx), self.states, self.experiment.evaluation
-        )
-        return judge.scores(split)
+        ctx, options = self.context(cohort=self.cohort_size), self.experiment.evaluation
+        judge = Judge(self.engine, ctx.round, self.constants, self.message(ctx), self.states, options, self.newcomers)
+        found = judge.scores(split)
+        if options.finetune.epochs and self.round + 1 >= self.experiment.rounds and split in ("all", "test"):
+            found.update(self._tuned())
+        return found
+
+    def _tuned(self) -> dict[str, Any]:
+        """Judges the generic model after each client has tuned it."""
+        options = self.experiment.evaluation
+        with contextlib.closing(self._running(options.finetune.setting(self.engine.setting))) as engine:
+            engine.open()
+            return Judge(engine, self.context().round, (), self.variables(), {}, options, self.newcomers).tuned()
 
     def advance(self, record: dict[str, Any]) -> None:
         """Lets the algorithm move between rounds, then counts the round."""
@@ -231,6 +243,15 @@ class Federation:
         known = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
         module.load_state_dict({k: v for k, v in {**variables.params, **variables.buffers}.items() if k in known})
         return Predictor(module, self.data.mean, self.data.std).eval()
+
+
+def _takers(experiment: Experiment, data: FederatedData) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Returns the clients that hold a batch: those who can take part, and the newcomers, who never do."""
+    holders = np.flatnonzero(Members.of(data.owners).sizes >= experiment.local.min_batch)
+    if not len(holders):
+        raise ConfigError("data.partition and local.min_batch leave no client with a batch. Lower local.min_batch.")
+    newcomers = experiment.participation.late(holders, experiment.seed)
+    return np.setdiff1d(holders, newcomers), newcomers
 
 
 def _initial(experiment: Experiment, task: Task) -> Variables:
@@ -259,7 +280,7 @@ def partition_arrays(federation: Federation) -> dict[str, np.ndarray[Any, Any]]:
     data = federation.data
     owners = Members.of(data.owners)
     return {"offsets": owners.offsets, "examples": owners.members,
-            "counts": data.counts(), "test_counts": data.test_counts()}  # fmt: skip
+            "counts": data.counts(), "test_counts": data.test_counts(), "newcomers": federation.newcomers}  # fmt: skip
 
 
 def run(experiment: Experiment, folder: str | Path | None = None) -> Iterator[RoundResult]:

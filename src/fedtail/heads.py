@@ -56,7 +56,7 @@ def _features_reach_head(task: Task, names: list[str], size: int) -> bool:
         return torch.allclose(logits(worker, {name: task.initial.params[name] for name in names}, h), z, atol=1e-4)
 
 
-def fresh_head(task: Task, rng: np.random.Generator, method: str) -> Params:
+def fresh_head(task: Task | Worker, rng: np.random.Generator, method: str) -> Params:
     """Returns a new head with PyTorch's initial values: uniform within 1 / sqrt(d) of zero."""
     initial = {name: task.initial.params[name] for name in head_names(task, method)}
     bound = initial[f"{task.classifier}.weight"].shape[1] ** -0.5

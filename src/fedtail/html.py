@@ -47,6 +47,8 @@ DEFINITIONS = {
     "spread": "standard deviation of that accuracy over the clients, in percentage points.",
     "worst decile": "mean accuracy of the tenth of the clients that fare worst (at least one client).",
     "local test set": "a part of the global test set with the client's own mix of classes; local test sets may overlap.",
+    "tuned": "the global model after a client has trained it further on its own data, by evaluation.finetune.",
+    "newcomers": "clients that hold data but never took part; they are left out of everything else about local test sets.",
     "recall": "share of a class's test examples that are predicted right.",
     "±": "sample standard deviation over the seeds (divided by n - 1); of a difference, half the width of the 95 % t-interval "
     "of its mean over the seeds.",
@@ -230,4 +232,5 @@ def _command(run: RunRecord) -> str:
 def _definitions(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
     rules = "; ".join(distinct(run.last["test"]["groups"] for run in runs))
     groups = f"Which classes are in which group: {rules}."
-    return [(name, escape(text.format(groups=groups))) for name, text in DEFINITIONS.items()]
+    said = [name for name in DEFINITIONS if name not in ("tuned", "newcomers") or any(name in run.last for run in runs)]
+    return [(name, escape(DEFINITIONS[name].format(groups=groups))) for name in said]

@@ -2,14 +2,17 @@
 
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from fedtail import trees
+from fedtail.algorithm import Phase
 from fedtail.config import Experiment, name_of
 from fedtail.data.lazy import memory
 from fedtail.data.members import Members
 from fedtail.data.statistics import describe, holders
+from fedtail.engines.choice import padded_share
 from fedtail.evaluate import shot_groups
 from fedtail.experiment import Federation
 
@@ -24,21 +27,27 @@ def inspect(experiment: Experiment) -> dict[str, Any]:
     federation.close()
     data, work = federation.data, experiment.local
     counts = data.counts()
-    steps = work.count(Members.of(data.owners).sizes)
+    steps = work.count(np.delete(Members.of(data.owners).sizes, federation.newcomers))
     groups = shot_groups(experiment.evaluation.groups, data)
     model = trees.num_bytes(federation.task.initial)
     message = trees.num_bytes(federation.algorithm.broadcast(federation.context(), federation.server))
-    workers = experiment.engine.cores() if federation.experiment.engine.name == "parallel" else 1
-    stacked = (
-        min(experiment.engine.chunk, federation.cohort_size) if federation.experiment.engine.name == "vmap" else workers
-    )
+    side_by_side = federation.experiment.engine.name in ("parallel", "processes")
+    workers = experiment.engine.cores() if side_by_side else 1
+    engine: dict[str, Any] = {"name": federation.experiment.engine.name, "reason": federation.reason}
+    if engine["name"] == "vmap":
+        engine["chunk"] = federation.experiment.engine.chunk
+        cohort = [work.lengths(len(data.owners[k])) for k in federation.draw(Phase())]
+        batches = federation.task.batch_statistics  # such batches are never padded
+        engine["padded"] = 0.0 if batches else padded_share(cohort, engine["chunk"])
+    stacked = min(engine["chunk"], federation.cohort_size) if engine["name"] == "vmap" else workers
     columns = memory([*data.columns.values(), *data.test.values()])
     return {
         "algorithm": name_of(experiment.algorithm),
         "sources": list(data.sources),
         "clients": data.clients,
         "cohort": federation.cohort_size,
-        "clients_without_a_step": data.clients - len(federation.holders),
+        "clients_without_a_step": data.clients - len(federation.holders) - len(federation.newcomers),
+        "newcomers": federation.newcomers.tolist(),
         "class_totals": counts.sum(0).tolist(),
         "counts": counts.tolist(),
         "test_counts": data.test_counts().tolist(),
@@ -49,7 +58,7 @@ def inspect(experiment: Experiment) -> dict[str, Any]:
                         **{k: list(v) for k, v in groups._asdict().items()}},
         "local_steps": {"min": int(steps.min()), "max": int(steps.max()), "all": int(steps.sum())},
         "parameters": sum(p.numel() for p in federation.task.initial.params.values()),
-        "engine": {"name": federation.experiment.engine.name, "reason": federation.reason},
+        "engine": engine,
         "bytes": {"model": model, "broadcast_to_a_client": message, "data": columns,
                   "training_state_without_activations": model * (3 * stacked + 2 * federation.cohort_size)},
     }  # fmt: skip
@@ -64,16 +73,18 @@ def to_text(facts: dict[str, Any]) -> str:
             console.print(line)
         console.print(_counts_table(facts))
         steps = facts["local_steps"]
+        idle = f"{facts['clients_without_a_step']} without a step"
+        idle += f", {len(facts['newcomers'])} newcomers" if facts["newcomers"] else ""
         console.print(
             f"{statistics['examples']:,} training examples on clients, {facts['unused_examples']:,} left over\n"
-            f"{facts['clients']} clients, {facts['cohort']} a round, {facts['clients_without_a_step']} without a step; "
+            f"{facts['clients']} clients, {facts['cohort']} a round, {idle}; "
             f"{steps['all']:,} local steps if all take part ({steps['min']} to {steps['max']} a client)\n"
             f"shot groups by {facts['shot_groups']['rule']}: head {facts['shot_groups']['head']}, "
             f"medium {facts['shot_groups']['medium']}, tail {facts['shot_groups']['tail']}\n"
             f"model: {facts['parameters']:,} parameters, {size['model'] / 1e6:.2f} MB; broadcast "
             f"{size['broadcast_to_a_client'] / 1e6:.2f} MB a client; memory for data {size['data'] / 1e6:.0f} MB, for training "
             f"state {size['training_state_without_activations'] / 1e6:.0f} MB (without activations)\n"
-            f"engine: {engine['name']} ({engine['reason']})"
+            f"engine: {engine['name']} ({engine['reason']})" + _stacking(engine)
         )
         table = Table(title="statistics", title_justify="left", show_header=False)
         for key, value in statistics.items():
@@ -83,6 +94,13 @@ def to_text(facts: dict[str, Any]) -> str:
         if facts["tail_holders"]:
             console.print(_tail_table(facts["tail_holders"]))
     return capture.get().rstrip()
+
+
+def _stacking(engine: dict[str, Any]) -> str:
+    """Returns what the vmap engine does with a cohort; nothing for the others."""
+    if "chunk" not in engine:
+        return ""
+    return f"; {engine['chunk']} clients at once, {engine['padded']:.0%} of the first round's rows are padding"
 
 
 def _short(value: Any) -> str:

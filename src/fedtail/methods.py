@@ -55,7 +55,10 @@ SECTIONS = (
         macro_f1=("macro-F1", "macro-F1"),
     ),
     _section("local", "Global model, local test sets", **_LOCAL),
+    _section("tuned", "Tuned models, local test sets", **_LOCAL),
     _section("personal", "Personal models, local test sets", **_LOCAL),
+    _section("newcomers", "Global model, newcomers", **_LOCAL),
+    _section("newcomers_tuned", "Tuned models, newcomers", **_LOCAL),
     Section("local_models", "Error asymmetry and update bias, global test set", (
         Column("test.mean_abs_log_ea", "EA", "mean abs log EA", True, 1.0, 2),
         Column("local_models.mean_abs_log_ea_after", "local EA", "mean abs log EA after local training", True, 1.0, 2),

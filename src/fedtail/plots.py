@@ -351,21 +351,26 @@ def balance(run: RunRecord) -> "Figure":
     return figure
 
 
+JUDGED = {"local": "", "tuned": ", tuned", "personal": ", personal", "newcomers": ", newcomers",
+          "newcomers_tuned": ", newcomers, tuned"}  # fmt: skip
+"""Entries of a record on local test sets, and what they add to a method's name."""
+
+
 @styled
 def clients(runs: Sequence[RunRecord]) -> "Figure":
     """Draws how the clients fare in the last round: mean accuracy, its spread over clients, and the worst decile.
 
-    Everything is averaged over seeds. Personal models have their own row.
+    Everything is averaged over seeds. Tuned and personal models and newcomers have rows of their own.
 
     Raises:
         ConfigError: no run was judged on local test sets.
     """
-    rows = [(m, name) for m in group(runs) for name in ("local", "personal") if name in m.runs[0].last]
+    rows = [(m, name) for m in group(runs) for name in JUDGED if name in m.runs[0].last]
     if not rows:
         raise ConfigError(
             "no run was judged on local test sets. Set evaluation.local = true, or judge with `fedtail evaluate`."
         )
-    labels = [wrapped(m.label + (", personal" if name == "personal" else ""), 24) for m, name in rows]
+    labels = [wrapped(m.label + JUDGED[name], 24) for m, name in rows]
     lines = max(label.count("\n") + 1 for label in labels)
     figure = new_figure(1.1 + (0.16 + 0.12 * lines) * len(rows))
     axes = figure.subplots()

@@ -2,7 +2,8 @@
 
 config.toml               the resolved experiment
 environment.json          versions, machine, command
-partition.npz             who holds what: offsets [clients + 1], examples, counts [clients, classes], test_counts
+partition.npz             who holds what: offsets [clients + 1], examples, counts [clients, classes], test_counts,
+                          newcomers (clients that never take part)
 metrics.jsonl             one record a round; the same seed gives the same bytes
 timings.jsonl             seconds a round; not reproducible, therefore apart
 checkpoint.safetensors    the latest state; best.safetensors: by validation score

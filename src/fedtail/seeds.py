@@ -24,6 +24,7 @@ class Stream(IntEnum):
     CONSTANTS = 11
     SERVER_DATA = 12
     PROBLEM = 13  # made-up data of tests and examples
+    NEWCOMERS = 14
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

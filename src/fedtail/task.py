@@ -60,7 +60,7 @@ class Execution(NamedTuple):
     Args:
         autocast: bfloat16 where torch's autocast takes it; outputs are given back in the task's dtype.
         channels_last: images and activations in that memory format.
-        compile: by torch.compile, at the first calls.
+        compile: by torch.compile, at the first calls; vmap engines compile the whole stacked step.
     """
 
     autocast: bool = False
@@ -179,6 +179,22 @@ def _probe(
     return shapes
 
 
+def _storage(tensor: Tensor) -> int:
+    """Returns where a tensor's memory begins, the same for all views of it."""
+    return tensor.untyped_storage().data_ptr()
+
+
+class _Plain(nn.Module):
+    """A network whose parts are chosen by an argument, for torch's functional_call."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, part: str) -> Tensor:
+        return self.inner(x) if part == "forward" else getattr(self.inner, part)(x)
+
+
 class Worker:
     """One thread's skeleton of the network: parameters and buffers are put in for each call.
 
@@ -196,15 +212,17 @@ class Worker:
         self._training: bool | None = None
         self._special = any(task.execution)
         self._compiled: dict[str, Callable[[Tensor], Tensor]] = {}
+        self._plain = _Plain(copy.deepcopy(task.module)) if task.execution.compile and kind == "vmap" else None
         self._foreign: set[int] = set()  # storages that are not to be overwritten
 
     def protect(self, shared: Sequence[trees.Tree]) -> None:
         """Names the trees (message, client state, constants, ...) whose tensors no update in place may touch."""
-        self._foreign = {t.untyped_storage().data_ptr() for tree in shared for t in trees.leaves(tree)}
+        self._foreign = {_storage(t) for tree in shared for t in trees.leaves(tree)}
 
     def own(self, tree: trees.Tree) -> trees.Tree:
         """Returns the tree with copies of those tensors whose memory is protected."""
-        return trees.tree_map(lambda t: t.clone() if t.untyped_storage().data_ptr() in self._foreign else t, tree)
+        foreign = self._foreign
+        return trees.tree_map(lambda t: t.clone() if _storage(t) in foreign else t, tree)
 
     def _empty(self) -> tuple[list[tuple[str, bool, dict[str, Any], str]], list[tuple[str, dict[str, Any]]]]:
         """Takes parameters and buffers out of the skeleton; returns where each one goes (tied ones share a name)."""
@@ -247,12 +265,23 @@ class Worker:
         params, buffers = variables
         if buffers and train:
             buffers = {name: value.clone() for name, value in buffers.items()}
+        if self._plain is not None and torch.compiler.is_compiling():
+            return self._followed(Variables(params, buffers), x, part, train), Variables(params, buffers)
         for name, is_buffer, place, attribute in self._slots:
             place[attribute] = (buffers if is_buffer else params)[name]
         for name, place in self._masks:
             place["mask"] = (draws or {}).get(name)
         out = self._run(x, part) if self._special else self._function(part)(x)
         return out, Variables(params, buffers)
+
+    def _followed(self, variables: Variables, x: Tensor, part: str, train: bool) -> Tensor:
+        """Runs the network so that a compiler can follow: it cannot where tensors are put into a dictionary."""
+        assert self._plain is not None
+        self._plain.train(train)
+        known = self.initial.params.keys() | self.initial.buffers.keys()
+        tensors = {f"inner.{name}": v for tree in variables for name, v in tree.items() if name in known}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.task.execution.autocast):
+            return torch.func.functional_call(self._plain, tensors, (x, part)).to(self.dtype)
 
     def _function(self, part: str) -> Callable[[Tensor], Tensor]:
         return self._skeleton if part == "forward" else getattr(self._skeleton, part)
@@ -263,7 +292,7 @@ class Worker:
         if execution.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         function = self._function(part)
-        if execution.compile:
+        if execution.compile and self._plain is None:
             if part not in self._compiled:
                 self._compiled[part] = torch.compile(function)
             function = self._compiled[part]
@@ -285,11 +314,13 @@ class Worker:
             grads = dict(zip(leaves, self._own(found), strict=True))
         else:
             grads = {name: torch.zeros_like(p) for name, p in params.items()}
-        owned = {p.untyped_storage().data_ptr() for p in params.values()} if self.donate else set[int]()
+        if not trees.leaves(aux):
+            return value.detach(), aux, grads
+        owned = {_storage(p) for p in params.values()} if self.donate else set[int]()
 
         def release(leaf: Tensor) -> Tensor:  # what the objective returns must survive the update in place
             leaf = leaf.detach()
-            return leaf.clone() if leaf.untyped_storage().data_ptr() in owned else leaf
+            return leaf.clone() if _storage(leaf) in owned else leaf
 
         return value.detach(), trees.tree_map(release, aux), grads
 
@@ -305,6 +336,9 @@ class Worker:
         self, optimizer: Optimizer, grads: Params, state: Any, params: Params, scale: float = 1.0
     ) -> tuple[Params, Any]:
         """Makes one step of the optimizer; returns the new (parameters, state)."""
-        if self.donate:
-            grads, params = self.own(grads), self.own(params)
+        if self.donate:  # a step must not pay for the generality of `own`
+            grads, params = (
+                {k: t.clone() if _storage(t) in self._foreign else t for k, t in tree.items()}
+                for tree in (grads, params)
+            )
         return optimizer.update(self._ops, grads, state, params, scale)

@@ -38,11 +38,12 @@ def print_cost(federation: Federation) -> None:
     experiment, data = federation.experiment, federation.data
     work = experiment.local
     sizes = Members.of(data.owners).sizes
-    steps = int(work.count(sizes).sum())
+    steps = int(work.count(sizes[federation.holders]).sum())
     share = federation.cohort_size / len(federation.holders)
     size = trees.num_bytes(federation.task.initial)
+    newcomers = f"{len(federation.newcomers)} of them newcomers, " if len(federation.newcomers) else ""
     print(f"{data.sources[0].partition(' (')[0]}: {sizes.sum():,} training examples on {data.clients} clients, "
-          f"{federation.cohort_size} a round; {experiment.rounds} rounds of about {steps * share:,.0f} local steps; "
+          f"{newcomers}{federation.cohort_size} a round; {experiment.rounds} rounds of about {steps * share:,.0f} local steps; "
           f"model of {size / 1e6:.2f} MB; engine {experiment.engine.name} ({federation.reason})")  # fmt: skip
 
 
@@ -84,15 +85,17 @@ def follow(rounds: Iterator[RoundResult], federation: Federation, folder: Path) 
               f"fedtail resume {shlex.quote(str(folder))}", file=sys.stderr)  # fmt: skip
         raise SystemExit(130) from None
     if result is not None:
-        print(scores_table({k: v for k, v in result.record.items() if isinstance(v, dict) and "groups" in v}))
+        print(scores_table(result.record))
         print(f"run folder: {folder}")
 
 
 def scores_table(scores: dict[str, Any]) -> str:
-    """Returns scores as text: a block for each test set, which it names together with its rule."""
+    """Returns the scores among a record's entries as text: a block for each test set, which it names together with its rule."""
     console = Console(width=100)
     with console.capture() as capture:
         for name, values in scores.items():
+            if not isinstance(values, dict) or "groups" not in values:  # no score, or a method's other readings
+                continue
             table = Table(title=f"{name}: {values['test_set']}\nshot groups: {values['groups']}", title_justify="left")
             shown = {k: v for k, v in values.items() if isinstance(v, float) or v is None or k == "clients"}
             for key in shown:

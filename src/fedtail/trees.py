@@ -4,7 +4,8 @@ States, messages and updates are such trees. Everything generic (stacking, savin
 A plain recursion is used rather than torch's private tree module: it is faster on small trees and is public.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -38,8 +39,14 @@ def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Applies `function` to each leaf of `tree` (and the leaves at the same place in `rest`)."""
     if isinstance(tree, Tensor):
         return function(tree, *rest)
-    others = [dict(items(other)) for other in rest]
-    return rebuild(tree, [tree_map(function, v, *(other[k] for other in others)) for k, v in items(tree)])
+    if isinstance(tree, dict):  # nearly all leaves are here, and a local step must not pay for generality
+        branch = cast("dict[str, Tree]", tree)
+        return {k: tree_map(function, v, *[other[k] for other in rest]) for k, v in branch.items()}
+    return rebuild(tree, [tree_map(function, *parts) for parts in zip(_children(tree), *rest, strict=True)])
+
+
+def _children(node: Tree) -> Iterable[Tree]:
+    return cast("tuple[Tree, ...]", node) if isinstance(node, tuple) else (child for _, child in items(node))
 
 
 def named_leaves(tree: Tree, prefix: str = "") -> dict[str, Tensor]:
@@ -54,7 +61,9 @@ def named_leaves(tree: Tree, prefix: str = "") -> dict[str, Tensor]:
 
 def leaves(tree: Tree) -> list[Tensor]:
     """Returns the leaves in order."""
-    return list(named_leaves(tree).values())
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [leaf for child in _children(tree) for leaf in leaves(child)]
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
@@ -87,4 +96,5 @@ def num_bytes(tree: Tree) -> int:
 
 def all_finite(tree: Tree) -> bool:
     """Says whether every floating leaf is finite: a sum is NaN or infinite as soon as one entry is (or it overflows)."""
-    return all(bool(torch.isfinite(x.sum()) or torch.isfinite(x).all()) for x in leaves(tree) if x.is_floating_point())
+    floating = (x for x in leaves(tree) if x.is_floating_point())
+    return all(math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all()) for x in floating)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 work = serve.load(sys.argv[1])
 torch.set_num_threads(int(sys.argv[2]))
-model, inputs, labels = serve.network(work), work.inputs(), torch.from_numpy(work.y)
+model, inputs, labels = serve.network(work), work.inputs(), torch.from_numpy(work.y).to(serve.DEVICE)
 params = list(model.parameters())
 flat = torch.cat([p.detach().flatten() for p in params])
 grad, velocity, start, total = (torch.zeros_like(flat) for _ in range(4))
@@ -35,7 +35,7 @@ def round_of(number: int) -> None:
     rng = np.random.default_rng(number)
     total.zero_()
     for client in cohort:
-        order = torch.from_numpy(rng.permutation(work.owners[client]))
+        order = torch.from_numpy(rng.permutation(work.owners[client])).to(serve.DEVICE)
         flat.copy_(start)
         velocity.zero_()
         for x, y in zip(inputs[order].split(work.batch_size), labels[order].split(work.batch_size), strict=True):

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 work = serve.load(sys.argv[1])
 torch.set_num_threads(1)
-inputs, labels, rng = work.inputs(), torch.from_numpy(work.y), np.random.default_rng(0)
+inputs, labels, rng = work.inputs(), torch.from_numpy(work.y).to(serve.DEVICE), np.random.default_rng(0)
 
 
 class Net(nn.Module):
@@ -54,7 +54,7 @@ class Net(nn.Module):
 
 def user(client: int) -> PyTorchTensorDataset:
     """Gathers a client's data in a new order."""
-    order = torch.from_numpy(rng.permutation(work.owners[client]))
+    order = torch.from_numpy(rng.permutation(work.owners[client])).to(serve.DEVICE)
     return PyTorchTensorDataset((inputs[order], labels[order]), user_id=str(client))
 
 

@@ -133,7 +133,8 @@ class FedLoGe(Algorithm):
             return psi
         weight, *bias = psi
         if self.generic_head == "fixed":
-            return {weight: ctx.constants["weight"], **dict.fromkeys(bias, ctx.constants["bias"])}
+            frozen: Params = ctx.constants
+            return {weight: frozen["weight"], **dict.fromkeys(bias, frozen["bias"])}
         rows = self.constant * F.normalize(psi[weight], dim=1)
         return {weight: rows, **{name: psi[name] * (self.bias == "keep") for name in bias}}
 

@@ -157,11 +157,13 @@ def _models(running: Federation) -> Iterator[tuple[str, Callable[[Tensor], Any]]
     message = running.message(ctx)
     yield "the generic model", functools.partial(predict, ctx, message, None)
     if running.algorithm.personal:
-        setting, ids = running.engine.setting, list(running.states)
-        known = setting.clients(setting.plans(ctx.round, 0, ids))
-        for row, number in enumerate(ids):
+        setting = running.engine.setting
+        plans = setting.plans(ctx.round, 0, running.holders.tolist())
+        known = setting.clients(plans)
+        for row, number in enumerate(plans):  # those who have not taken part yet too
             here = ctx._replace(client=Client(*(value[row] for value in known)))
-            yield f"the model of client {number}", functools.partial(predict, here, message, running.states[number])
+            state = setting.state(here, message, running.states, number)
+            yield f"the model of client {number}", functools.partial(predict, here, message, state)
 
 
 @rule(

@@ -80,9 +80,10 @@ class FederatedData:
         """Returns the class counts of some clients, int64 [len(clients), classes], without looking at the others."""
         return Members.of(self.owners).class_counts(self._labels[0], self.num_classes, clients)
 
-    def class_totals(self) -> Array:
-        """Returns the class counts of all clients together, int64 [classes]."""
-        return np.bincount(self._labels[0][Members.of(self.owners).members], minlength=self.num_classes)
+    def class_totals(self, without: Sequence[int] = ()) -> Array:
+        """Returns the class counts of all clients together, but for some of them, int64 [classes]."""
+        totals = np.bincount(self._labels[0][Members.of(self.owners).members], minlength=self.num_classes)
+        return totals - self.counts_of(without).sum(0) if len(without) else totals
 
     def test_counts(self) -> Array:
         """Returns the class counts of every client's local test set, int64 [clients, classes]."""

@@ -4,15 +4,12 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
 from fedtail.engines.base import Engine, Setting
 from fedtail.engines.loop import LoopEngine
 from fedtail.engines.parallel import ParallelEngine
 from fedtail.engines.processes import ProcessEngine
 from fedtail.engines.vmap import VmapEngine
 from fedtail.errors import ConfigError
-from fedtail.task import Task
 
 EngineName = Literal["auto", "loop", "parallel", "processes", "vmap"]
 
@@ -25,8 +22,8 @@ class EngineOptions:
     """"auto" chooses by a rule that never looks at a clock; the choice is written into the run's configuration."""
     workers: int = 0
     """Threads of the parallel engine, processes of the other; 0 = as many as there are cores."""
-    chunk: int = 32
-    """Clients that the vmap engine stacks at once."""
+    chunk: int = 0
+    """Clients that the vmap engine stacks at once; 0 = as many as free memory holds, at most 32 on a CPU and 256 elsewhere."""
     donate: bool = True
     """Update local parameters in place (same bits, faster); all but vmap."""
     states_mib: int = 4096
@@ -34,11 +31,12 @@ class EngineOptions:
     channels_last: bool = False
     """Images and activations in that memory format; equal to rounding; not with vmap."""
     compile: bool = False
-    """The network by torch.compile (minutes at the first round, needs a C++ compiler); equal to rounding; not with vmap."""
+    """By torch.compile (minutes at the first round, needs a C++ compiler): the network, with vmap the whole stacked step; equal
+    to rounding."""
 
     def __post_init__(self) -> None:
-        if min(self.workers, self.states_mib) < 0 or self.chunk < 1:
-            raise ConfigError("engine: workers and states_mib must be >= 0 and chunk >= 1, got "
+        if min(self.workers, self.states_mib, self.chunk) < 0:
+            raise ConfigError("engine: workers, states_mib and chunk must be >= 0, got "
                               f"{self.workers}, {self.states_mib} and {self.chunk}.")  # fmt: skip
 
     def states_bytes(self) -> int:
@@ -51,26 +49,11 @@ class EngineOptions:
         return self.workers or own
 
 
-def choose(task: Task, cohort: int, cores: int) -> tuple[EngineName, str]:
-    """Returns what "auto" means for this task and cohort, and why."""
-    if task.device.type != "cpu":
-        return "vmap", f"the device is {task.device}"
-    size = sum(p.numel() for p in task.initial.params.values())
-    convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in task.module.modules())
-    if not convolutional and size <= 50_000 and cohort >= 25:
-        return "vmap", f"a dense model of {size:,} parameters and {cohort} clients a round, on a CPU"
-    if cohort >= 2 and cores >= 2:
-        return "parallel", f"{cohort} clients a round on {cores} cores"
-    return "loop", f"{cohort} client(s) a round on {cores} core(s)"
-
-
 def make_engine(options: EngineOptions, setting: Setting) -> Engine:
     """Returns the engine of a run; `options.name` must be resolved (not "auto")."""
-    for name in ("compile", "channels_last"):  # torch.func has no rule for either
-        if getattr(options, name) and options.name == "vmap":
-            raise ConfigError(
-                f'engine.{name} does not go with the engine vmap. Set engine.name = "parallel" or "loop".'
-            )
+    if options.name == "vmap" and (options.channels_last or (options.compile and setting.task.dropout)):
+        option = "channels_last" if options.channels_last else "compile, with a model that has Dropout layers,"
+        raise ConfigError(f'engine.{option} does not go with the engine vmap. Set engine.name = "parallel" or "loop".')
     if options.name == "loop":
         return LoopEngine(setting, options.donate)
     if options.name == "parallel":

@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,10 @@ class Sink:
     def states(self) -> dict[int, Tree]:
         """The clients' new states."""
         return {answer.client: answer.state for answer in self.answers}
+
+    def at_once(self, client: int) -> bool:
+        """Says whether this client's update would be added right away and not kept, so that it need not outlive `add`."""
+        return not self.collect and self._first is not None and self._order[self._next] == client
 
     def add(self, result: Result) -> None:
         """Takes one result; adds it, and those that waited for it, when its turn has come."""
@@ -170,12 +175,13 @@ class Setting:
     double_softmax: bool = False  # of the error asymmetry
 
     def judges(self, round: Round) -> bool:
-        """Says whether the clients' own models are judged in this phase."""
+        """Says whether the clients' own models are judged in this phase: "train", of a round that is due; tuning is not."""
         due = self.local_models and ((round.index + 1) % self.local_models == 0 or round.index + 1 == round.rounds)
-        return bool(due) and round.phase.local
+        return bool(due) and round.phase.local and round.phase.name == "train"
 
+    @cached_property
     def draws(self) -> dict[str, Draw]:
-        """Returns all draws of a training step: the algorithm's, the Dropout layers', the augmentation's."""
+        """All draws of a training step: the algorithm's, the Dropout layers', the augmentation's."""
         size = self.work.batch_size
         return {
             **self.algorithm.draws(self.task, size),
@@ -185,7 +191,7 @@ class Setting:
 
     def plans(self, round: Round, trained: int, ids: Sequence[int]) -> dict[int, Plan]:
         """Returns the plan of each client that has at least one step."""
-        draws = self.draws() if round.phase.local else {}
+        draws = self.draws if round.phase.local else {}
         plans = {
             i: make_plan(self.seed, round.index, trained, i, self.data.owners[i], self.work, draws, round.phase.local)
             for i in ids
@@ -202,11 +208,17 @@ class Setting:
             torch.tensor([len(plans[i].lengths) for i in ids], dtype=dtype, device=device),
         )
 
-    def state(self, ctx: Context, message: Tree, states: Mapping[int, Tree], client: int) -> Tree:
-        """Returns a client's state: the kept one, or the initial one at its first participation."""
+    def state(
+        self, ctx: Context, message: Tree, states: Mapping[int, Tree], client: int, device: torch.device | None = None
+    ) -> Tree:
+        """Returns a client's state on a device (None: the task's): the kept one, or at first the initial one."""
         if client in states:
-            return trees.tree_map(lambda t: t.to(self.task.device), states[client])
-        return self.algorithm.init_client(ctx, message, generator(self.seed, Stream.CLIENT, client))
+            found = states[client]
+        elif type(self.algorithm).init_client is Algorithm.init_client:  # a generator costs as much as a small step
+            return ()
+        else:
+            found = self.algorithm.init_client(ctx, message, generator(self.seed, Stream.CLIENT, client))
+        return trees.tree_map(lambda t: t.to(device or self.task.device), found)
 
 
 @contextlib.contextmanager
@@ -303,7 +315,7 @@ def check_result(result: Result, losses: Tensor | None, round: Round) -> Result:
     where = f"client {result.client} in round {round.index}"
     remedy = ("Lower algorithm.optimizer.lr, set algorithm.optimizer.clip (for example 5), or look for bad inputs "
               "(fedtail inspect).")  # fmt: skip
-    if losses is not None and not bool(torch.isfinite(losses).all()):
+    if losses is not None and not math.isfinite(float(losses.sum())) and not bool(torch.isfinite(losses).all()):
         step = int((~torch.isfinite(losses)).nonzero()[0])
         raise TrainingError(f"The loss is {float(losses[step])} on {where}, at local step {step}. {remedy}")
     if not trees.all_finite(result.update):

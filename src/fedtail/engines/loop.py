@@ -23,7 +23,7 @@ def iterate(setting: Setting, plan: Plan) -> Any:
     """Yields the plan's batches; examples are gathered, augmented and prepared for many steps at once."""
     task, data = setting.task, setting.data
     draws = {name: as_tensor(value, task.dtype, task.device) for name, value in plan.draws.items()}
-    wanted = setting.draws()
+    wanted = setting.draws
     order = torch.from_numpy(plan.order).to(task.device)
     most = min(GATHER, VALUES // math.prod(task.input_shape))
     step, offset = 0, 0

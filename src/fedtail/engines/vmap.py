@@ -26,11 +26,11 @@ class VmapEngine(Engine):
 
     name = "vmap"
 
-    def __init__(self, setting: Setting, chunk: int = 32):
+    def __init__(self, setting: Setting, chunk: int):
         super().__init__(setting)
         self._worker, self._eager = setting.task.worker("vmap"), setting.task.worker()
         self._chunk = chunk
-        self._per_example = {name for name, draw in setting.draws().items() if draw.per_example}
+        self._per_example = {name for name, draw in setting.draws.items() if draw.per_example}
 
     def cohort(self, round: Round, trained: int, message: Tree, states: Mapping[int, Tree], plans: Mapping[int, Plan],
                sink: Sink) -> None:  # fmt: skip
@@ -68,12 +68,15 @@ class VmapEngine(Engine):
             return *algorithm.local_final(ctx(client), message, state, local), algorithm.weight(ctx(client))
 
         each = [Client(*(value[row] for value in clients)) for row in range(len(ids))]
-        kept = trees.stack([setting.state(ctx(c), message, states, i) for c, i in zip(each, ids, strict=True)])
+        host = torch.device("cpu")  # where client states are kept; they move to the device and back all at once
+        kept = trees.stack([setting.state(ctx(c), message, states, i, host) for c, i in zip(each, ids, strict=True)])
+        kept = trees.tree_map(lambda t: t.to(setting.task.device), kept)
         local = torch.vmap(init, randomness="error")(clients, kept)
         before = self._judge(round, local, ids)
         local, sums, losses = self._train(round, message, clients, kept, local, list(plans.values()))
         after = self._judge(round, local, ids)
         updates, new, weights = torch.vmap(final, randomness="error")(clients, kept, local)
+        new, weights = trees.tree_map(lambda t: t.to(host), new), weights.to(host)
         results: list[Result] = []
         for position, number in enumerate(ids):
             steps = len(plans[number].lengths)
@@ -104,6 +107,9 @@ class VmapEngine(Engine):
                 Context(self._worker, round, setting.constants, client), message, state, local, batch
             )
 
+        stacked = torch.vmap(step, randomness="error")
+        if setting.task.execution.compile:
+            stacked = torch.compile(stacked)
         sums, rows = dict[str, Tensor](), list[tuple[int, Tensor, Tensor]]()
         for k in range(len(plans[0].lengths)):
             for live in self._groups(plans, k):
@@ -113,7 +119,7 @@ class VmapEngine(Engine):
                 whole = len(live) == len(plans)
                 take = (lambda t: t) if whole else (lambda t, index=index: t.index_select(0, index))
                 part = [trees.tree_map(take, tree) for tree in (clients, kept, local)]
-                new, metrics = torch.vmap(step, randomness="error")(*part, columns, mask, draws)
+                new, metrics = stacked(*part, columns, mask, draws)
                 local = new if whole else trees.tree_map(
                     lambda old, rows, index=index: old.index_copy(0, index, rows), local, new
                 )  # fmt: skip
