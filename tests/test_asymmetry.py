@@ -283,7 +283,7 @@ def test_sums_of_several_sinks_are_the_sums_of_one():
         parts[client % 2].add(result(client))
     total = trees.tree_map(torch.add, *(part.sums()["judged"] for part in parts))
     assert trees.equal(total, whole.judged)
-    parts[0].take(parts[0], {**whole.sums(), "judged": total}, whole.answers)
+    parts[0].take(parts[0], {**whole.sums(), "judged": total}, whole.answers, {})
     assert trees.equal(parts[0].judged, total)
     assert Sink([0]).sums()["judged"] == ()
 

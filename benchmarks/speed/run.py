@@ -37,6 +37,14 @@ OWN = {
     "naive loop": ["naive.py"],
 }
 
+GOALS = {  # the best readings of prototypes that had neither metrics nor client states; W3: faster than Flower and pfl
+    "W1": {"flower": 2.0, "pfl": 2.0, "naive loop": 2.5, "floor, 1 thread": 1.75, "floor, 2 threads": 1.3},
+    "W2a": {"flower": 6.0, "pfl": 2.0, "naive loop": 2.2, "floor, 1 thread": 1.6, "floor, 2 threads": 1.25},
+    "W2b": {"flower": 14.0, "pfl": 2.4, "naive loop": 2.6, "floor, 1 thread": 1.4, "floor, 2 threads": 1.35},
+    "W3": {"flower": 1.0, "pfl": 1.0, "naive loop": 2.1, "floor, 1 thread": 2.0, "floor, 2 threads": 1.3},
+    "G1": {"pfl": 20.0},
+}
+
 
 def environment(peer: str) -> Path:
     """Returns the Python of a peer's environment, which is made at the first call."""
@@ -178,6 +186,23 @@ def table(name: str, readings: dict[str, Any]) -> str:
     return head + "\n".join(rows) + "\n"
 
 
+def summary(workloads: dict[str, Any]) -> str:
+    """Returns how many times faster fedtail is than whom, with our goal, as a table in Markdown."""
+    names = ["flower", "pfl", "fluke", "naive loop", "floor, 1 thread", "floor, 2 threads"]
+    rows = [f"| times faster (goal) | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for name, readings in workloads.items():
+        cells = [name]
+        for label in names:
+            if "samples_per_second" not in readings.get(label, {}):
+                cells.append("-")
+                continue
+            goal = GOALS.get(name, {}).get(label)
+            ratio = np.median(ratios(readings, "fedtail auto", label))
+            cells.append(f"{ratio:.2f}" + (f" ({goal:g})" if goal else ""))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,7 +228,7 @@ def main() -> None:
         for name in workloads:
             found["workloads"][name] = measure(name, own, peers, args.repeats, args.turn, Path(folder))
             result.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    text = "\n".join(table(name, readings) for name, readings in found["workloads"].items())
+    text = "\n".join([summary(found["workloads"]), *(table(*each) for each in found["workloads"].items())])
     result.with_suffix(".md").write_text(f"{time.strftime('%Y-%m-%d')}, {found['machine']['text']}\n\n{text}")
     print(text)
 

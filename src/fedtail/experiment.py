@@ -149,7 +149,7 @@ class Federation:
             sink = self._phase(phase, trained)
             trained += phase.local
             name = "train" if phase.name == "train" else phase.name
-            record[name] = {"clients": len(sink.states), "examples": sink.examples, **plain(sink.metrics())}
+            record[name] = {"clients": len(sink.answers), "examples": sink.examples, **plain(sink.metrics())}
             if sink.judged != ():
                 record["local_models"] = local_models.scores(sink.judged, self.data.test["y"].numpy(force=True))
         if len(self.data.server):
@@ -171,7 +171,7 @@ class Federation:
         message = self.message(ctx)
         plans = self.engine.setting.plans(ctx.round, trained, ids)
         drift = Drift() if self.experiment.evaluation.drift and phase.local else None
-        sink = Sink(list(plans), phase.reduce == "collect", drift)
+        sink = Sink(list(plans), phase.reduce == "collect", drift, self.experiment.engine.states_bytes())
         self.engine.cohort(ctx.round, trained, message, self.states, plans, sink)
         total = torch.tensor(sink.total, dtype=self.task.dtype, device=self.task.device)
         with torch.no_grad(), blame("server_collect" if phase.reduce == "collect" else "server_update"):
@@ -185,7 +185,7 @@ class Federation:
                 f"The server state is not finite after round {self.round}, although every update was. Lower "
                 "algorithm.server_lr or the clients' learning rate."
             )
-        self.states.update((i, s) for i, s in sink.states.items() if s != ())
+        self.states.update(sink.states)
         return sink
 
     def _server_data(self) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def _takers(experiment: Experiment, data: FederatedData) -> tuple[np.ndarray[Any
     if not len(holders):
         raise ConfigError("data.partition and local.min_batch leave no client with a batch. Lower local.min_batch.")
     newcomers = experiment.participation.late(holders, experiment.seed)
-    return np.setdiff1d(holders, newcomers), newcomers
+    return np.setdiff1d(holders, newcomers, assume_unique=True), newcomers
 
 
 def _initial(experiment: Experiment, task: Task) -> Variables:
@@ -273,14 +273,6 @@ def _initial(experiment: Experiment, task: Task) -> Variables:
 def plain(metrics: dict[str, Any]) -> dict[str, Any]:
     """Returns tensors as numbers and nested lists."""
     return {k: v.detach().cpu().double().tolist() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
-
-
-def partition_arrays(federation: Federation) -> dict[str, np.ndarray[Any, Any]]:
-    """Returns what partition.npz keeps."""
-    data = federation.data
-    owners = Members.of(data.owners)
-    return {"offsets": owners.offsets, "examples": owners.members,
-            "counts": data.counts(), "test_counts": data.test_counts(), "newcomers": federation.newcomers}  # fmt: skip
 
 
 def run(experiment: Experiment, folder: str | Path | None = None) -> Iterator[RoundResult]:
@@ -314,7 +306,13 @@ def start(federation: Federation, folder: str | Path | None) -> Iterator[RoundRe
     if path is not None:
         try:
             initial = federation.task.initial if federation.experiment.start else None
-            runs.create(path, federation.experiment, partition_arrays(federation), federation.snapshot(0), initial)
+            runs.create(
+                path,
+                federation.experiment,
+                runs.partition_arrays(federation.data, federation.newcomers),
+                federation.snapshot(0),
+                initial,
+            )
         except BaseException:
             federation.close()
             raise

@@ -188,9 +188,9 @@ class FedGraB(Algorithm):
     def advance_controller(self, state: Controller) -> Controller:
         """Incremental PID step on the error -(pos - neg), set-point 0."""
         error = state.negative - state.positive
-        change = (self.kp * (error - state.error1) + self.ki * error
-                  + self.kd * (error - 2 * state.error1 + state.error2))  # fmt: skip
-        output = state.output + change
+        # kp (e - e1) + ki e + kd (e - 2 e1 + e2), collected by error: each operation counts beside a small model's step
+        output = state.output + (self.kp + self.ki + self.kd) * error
+        output = output.sub(state.error1, alpha=self.kp + 2 * self.kd).add(state.error2, alpha=self.kd)
         output = output.clamp(-self.limit, self.limit) if self.limit else output
         return state._replace(output=output, error1=error, error2=state.error1)
 
@@ -199,15 +199,15 @@ class FedGraB(Algorithm):
         bypass = counted_bypass(draw, self.gate_base) if self.bypass_counter else draw < allowed.bypass
         left_alone = bypass | allowed.closed
         state = self.advance_controller(state)
-        positive, negative = (amp(x, self.top, self.slope) for x in (state.output, -state.output))
-        positive, negative = torch.where(left_alone, 1.0, positive), torch.where(left_alone, 1.0, negative)
+        factors = amp(torch.stack([state.output, -state.output]), self.top, self.slope)
+        positive, negative = torch.where(left_alone, 1.0, factors).unbind()
         y = one_hot(batch.y, z.shape[-1], z.dtype)
-        scale = y * positive + (1 - y) * negative  # s_ic
+        scale = torch.where(y > 0, positive, negative)  # s_ic
         per_entry = binary_cross_entropy(z, y)
-        size = (scale * (torch.sigmoid(z.detach()) - y)).abs() / batch.size  # |g_ic|
+        size = scale * (torch.sigmoid(z.detach()) - y).abs() / batch.size  # |g_ic|
         gained, lost = batch.sum(y * size), batch.sum((1 - y) * size)
-        open_now = (~left_alone).to(z.dtype)
-        new = state._replace(positive=state.positive + open_now * gained, negative=state.negative + open_now * lost)
+        new = state._replace(positive=torch.where(left_alone, state.positive, state.positive + gained),
+                             negative=torch.where(left_alone, state.negative, state.negative + lost))  # fmt: skip
         metrics = {"unweighted_loss": batch.mean(per_entry.detach().sum(-1)),
                    "positive_gradient": gained, "negative_gradient": lost}  # fmt: skip
         return batch.mean((scale * per_entry).sum(-1)), new, metrics

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +13,6 @@ from fedtail.data.plan import Array
 from fedtail.engines import EngineName, EngineOptions
 from fedtail.task import Task
 
-LIGHT = 2_000_000  # parameters of a dense model whose steps are so short that threads wait for Python's lock
 MOST = {"cpu": 32}  # clients stacked at once; more gain nothing there
 COPIES = 6  # of the parameters that a stacked client needs: itself, gradients, momentum, their successors
 
@@ -28,8 +26,6 @@ def choose(task: Task, cohort: int, cores: int) -> tuple[EngineName, str]:
     if dense and size <= 50_000 and cohort >= 25:
         return "vmap", f"a dense model of {size:,} parameters and {cohort} clients a round, on a CPU"
     if cohort >= 2 and cores >= 2:
-        if dense and size <= LIGHT and sys.platform == "linux":
-            return "processes", f"a dense model of {size:,} parameters and {cohort} clients a round on {cores} cores"
         return "parallel", f"{cohort} clients a round on {cores} cores"
     return "loop", f"{cohort} client(s) a round on {cores} core(s)"
 
