@@ -115,17 +115,20 @@ def logits(params, x):
 
 
 def by_hand(params, data):
-    """Right answers by class, and EA, written out one example at a time."""
+    """Right answers by class, EA, and macro F1, written out one example at a time."""
     y = data.test["y"].tolist()
     z = logits(params, data.test["x"]).numpy()
     p = np.exp(z - z.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
-    right, pi = np.zeros(CLASSES), np.zeros((CLASSES, CLASSES))
+    right, wrong, pi = np.zeros(CLASSES), np.zeros(CLASSES), np.zeros((CLASSES, CLASSES))
     for label, row, scores in zip(y, p, z, strict=True):
         right[label] += scores.argmax() == label
+        wrong[scores.argmax()] += scores.argmax() != label
         pi[label] += row / y.count(label)
     ea = [(1 - pi[c, c]) / sum(pi[j, c] for j in range(CLASSES) if j != c) for c in range(CLASSES)]
-    return right, np.array(ea)
+    missed = [y.count(c) - right[c] for c in range(CLASSES)]
+    f1 = [2 * right[c] / (2 * right[c] + wrong[c] + missed[c]) for c in range(CLASSES)]
+    return right, np.array(ea), np.mean(f1)
 
 
 def test_every_evaluation_has_the_error_asymmetry_of_the_generic_model():
@@ -133,8 +136,9 @@ def test_every_evaluation_has_the_error_asymmetry_of_the_generic_model():
     with contextlib.closing(federation(FedAvg(), data, batch_size=7)) as running:  # the last batch is short
         running.step()
         record = running.score("all") | running.score("train")
-        _, ea = by_hand(running.server.params, data)
+        _, ea, f1 = by_hand(running.server.params, data)
     np.testing.assert_allclose(record["test"]["error_asymmetry"], ea, rtol=1e-9)
+    assert record["test"]["macro_f1"] == pytest.approx(f1, rel=1e-12)
     assert record["test"]["mean_abs_log_ea"] == pytest.approx(np.abs(np.log(ea)).mean(), rel=1e-9)
     assert len(record["train"]["error_asymmetry"]) == CLASSES
     with contextlib.closing(federation(FedAvg(), data, double_softmax=True)) as running:
@@ -151,14 +155,16 @@ def test_the_cohorts_own_models_by_hand():
         federation(MOON(mu=0.0, optimizer=SGD(lr=0.2)), data, local_models=1, batch_size=7)
     ) as running:
         running.advance(running.step())
-        before = by_hand(running.server.params, data)[0]
+        before, _, f1_before = by_hand(running.server.params, data)
         ids = running.draw(fedtail.Phase())
         found = running.step()["local_models"]
         states, counts = dict(running.states), data.counts()
-    rights, eas = zip(*(by_hand(states[k].params, data) for k in ids), strict=True)
+    rights, eas, f1s = zip(*(by_hand(states[k].params, data) for k in ids), strict=True)
     assert found["clients"] == len(ids) == 3
     assert found["test_set"] == f"global test set, {len(y)} examples"
     assert found["accuracy_before"] == pytest.approx(before.sum() / len(y))
+    assert found["macro_f1_before"] == pytest.approx(f1_before, rel=1e-12)
+    assert found["macro_f1_after"] == pytest.approx(np.mean(f1s), rel=1e-12)
     assert found["accuracy_after"] == pytest.approx(np.sum(rights) / len(y) / 3)
     np.testing.assert_allclose(found["recall_before"], before / support)
     np.testing.assert_allclose(found["recall_after"], np.sum(rights, 0) / support / 3)
@@ -318,7 +324,8 @@ def test_compare_has_a_table_of_them(folders):
     comparison = report.compare(folders)
     [section] = [s for s in comparison.sections if s.name == "local_models"]
     text = tables.to_markdown(comparison)
-    assert "| method | EA | local EA | before | after | missing before | missing after | n |" in text
+    groups = " | ".join(f"{name} before | {name} after" for name in ("frequent", "rare", "missing"))
+    assert f"| method | EA | local EA | before | after | macro-F1 after | {groups} | n |" in text
     values = [last(folder)["test"]["mean_abs_log_ea"] for folder in folders]
     first = comparison.rows(section)[0]
     assert first.cells[0] == f"{np.mean(values[:2]):.2f} ± {np.std(values[:2], ddof=1):.2f}"

@@ -48,6 +48,8 @@ class Data:
     """The cut that makes the union long-tailed."""
     partition: Partition = DirichletMultinomial(clients=8, alpha=0.5)
     """Who holds what."""
+    normalise: bool = True
+    """Inputs have mean 0 and deviation 1 by channel; false: they are scaled to 0..1 alone, as in FedGA's experiments."""
     augmentation: Augmentation = "none"
     """Random crop (padding 4) and flip of training images."""
     validation: int = 0
@@ -55,7 +57,8 @@ class Data:
     server: int = 0
     """Images of each class given to the server, taken before the long-tail cut; for methods that have server data."""
     image_size: int = 0
-    """Height and width that images in files of their own are resized to; 0 = a folder's common size, 224 for lists."""
+    """Height and width that images in files of their own are resized to; 0 = a folder's common size, 224 for lists, 64 for
+    tiny_imagenet."""
     cache_mib: int = 1024
     """Most MiB of decoded images to remember, for sets that are decoded when they are used."""
     decode_threads: int = 0

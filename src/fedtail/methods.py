@@ -64,8 +64,10 @@ SECTIONS = (
         Column("local_models.mean_abs_log_ea_after", "local EA", "mean abs log EA after local training", True, 1.0, 2),
         Column("local_models.accuracy_before", "before", "accuracy before local training", None),
         Column("local_models.accuracy_after", "after", "accuracy after local training"),
-        Column("local_models.missing_before", "missing before", "recall of missing classes before local training", None),
-        Column("local_models.missing_after", "missing after", "recall of missing classes after local training"),
+        Column("local_models.macro_f1_after", "macro-F1 after", "macro-F1 after local training"),
+        *(Column(f"local_models.{group}_{when}", f"{group} {when}", f"recall of {group} classes {when} local training",
+                 None if when == "before" else False)
+          for group in ("frequent", "rare", "missing") for when in ("before", "after")),
     )),
 )  # fmt: skip
 """The tables, each of one test set."""
@@ -75,7 +77,8 @@ CAPTIONS = {
     "mean_abs_log_ea": "EA: mean over classes of abs(log EA), where EA is the misses of a class over its false alarms, as "
                        "probabilities; 0 is balance. Read it beside the accuracy: a model that never learned has little.",
     "mean_abs_log_ea_after": "Local: the last cohort's own models before and after local training, in percent, each client the "
-                             "same weight; missing: classes of which the client has no example.",
+                             "same weight; frequent: classes of which the client has at least the mean of its classes, "
+                             "missing: of which it has no example, rare: the others.",
     "drift_relative": "Drift: distance of the client updates to their mean over the mean's norm, and their cosine to it; "
                       "mean of the last 20 rounds.",
     "spread": "Spread over rounds: sample standard deviation of the overall accuracy over the evaluated ones of the "

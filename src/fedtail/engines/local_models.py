@@ -2,11 +2,11 @@
 
 For client k with counts n_kc a class is *frequent* if n_kc >= n_k / C (its mean share), *rare* if 0 < n_kc < n_k / C,
 *missing* if n_kc = 0. Before is the plain network that the client starts from, after the one that its local steps leave.
-Forgetting is what the missing classes lose. Every number is a quotient of sums over clients, [3, C] each, so a deployment
-whose nodes have the test set could send them too.
+Forgetting is what the missing classes lose. Every number is a quotient of sums over clients, none larger than [3, C], so a
+deployment whose nodes have the test set could send them too.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,40 +39,51 @@ def network_of(local: Tree) -> Variables | None:
     return next((found for child in children if (found := network_of(child)) is not None), None)
 
 
-def judge(setting: Setting, worker: Worker, round: Round, local: Tree) -> tuple[Tensor, Tensor] | None:
-    """Judges a local state's plain network on the global test set.
+class Judged(NamedTuple):
+    """Counts of one model's answers on the global test set, all float64."""
 
-    Returns:
-        (right answers by class, float64 (classes,); soft confusion, float64 [classes, classes]); None in rounds in which that
-        is not wanted, and without a network.
-    """
+    right: Tensor  # right answers by class, (classes,)
+    predicted: Tensor  # answers by class, (classes,)
+    soft: Tensor  # soft confusion, [classes, classes]
+
+    def macro_f1(self, support: Tensor) -> Tensor:
+        """Returns the mean of 2 TP / (2 TP + FP + FN) over the classes in truth or prediction, shape (); see `metrics`."""
+        occurring = self.predicted + support
+        return (2 * self.right / occurring.clamp(min=1)).sum() / (occurring > 0).sum()
+
+
+def judge(setting: Setting, worker: Worker, round: Round, local: Tree) -> Judged | None:
+    """Judges a local state's plain network on the global test set; None where not wanted, and without a network."""
     variables = network_of(local) if setting.judges(round) else None
     if variables is None:
         return None
     test, classes = setting.data.test, setting.task.num_classes
     right = torch.zeros(classes, dtype=torch.float64, device=setting.task.device)
-    soft = right.new_zeros(classes, classes)
+    predicted, soft = right.clone(), right.new_zeros(classes, classes)
     with torch.no_grad():
         for rows in torch.arange(len(test["y"]), device=setting.task.device).split(setting.batch_size):
             y = test["y"].index_select(0, rows)
             inputs = setting.data.prepare(test["x"].index_select(0, rows), setting.task.dtype)
             z = worker.apply(variables, inputs, train=False)[0]
-            right += (one_hot(y, classes, torch.float64) * (z.argmax(1) == y)[:, None]).sum(0)
+            answers = one_hot(z.argmax(1), classes, torch.float64)
+            right += (one_hot(y, classes, torch.float64) * answers).sum(0)
+            predicted += answers.sum(0)
             soft += soft_confusion(z, y, setting.double_softmax)
-    return right, soft
+    return Judged(right, predicted, soft)
 
 
-def sums(setting: Setting, client: Client, before: Any, after: Any) -> Tree:
+def sums(setting: Setting, client: Client, before: Judged | None, after: Judged | None) -> Tree:
     """Returns what one client adds to the sums, from what `judge` gave before and after; () if that is None."""
     if before is None or after is None:
         return ()
     support = torch.bincount(setting.data.test["y"], minlength=setting.task.num_classes)
-    ea = error_asymmetry(after[1].numpy(force=True), support.numpy(force=True))
+    ea = error_asymmetry(after.soft.numpy(force=True), support.numpy(force=True))
     log_ea = torch.from_numpy(np.nan_to_num(np.log(ea))).to(support.device)
     own = client.counts.double()
     frequent, held = own * len(own) >= own.sum(), own > 0
     members = torch.stack([frequent, held & ~frequent, ~held]).double() * (support > 0)
-    return {"clients": own.new_ones(()), "members": members, "before": members * before[0], "after": members * after[0],
+    return {"clients": own.new_ones(()), "members": members, "before": members * before.right, "after": members * after.right,
+            "macro_f1": torch.stack([before.macro_f1(support), after.macro_f1(support)]),
             "log_ea": members * log_ea, "abs_log_ea": members * log_ea.abs()}  # fmt: skip
 
 
@@ -90,8 +101,9 @@ def scores(total: Tree, test_labels: np.ndarray[Any, Any]) -> dict[str, Any]:
         return [float(a / b) if b else None for a, b in zip(above, below, strict=True)]
 
     record: dict[str, Any] = {"test_set": f"global test set, {len(test_labels)} examples", "clients": int(clients)}
-    for when in ("before", "after"):
+    for when, macro_f1 in zip(("before", "after"), found["macro_f1"], strict=True):
         record[f"accuracy_{when}"] = mean(found[when], examples)
+        record[f"macro_f1_{when}"] = float(macro_f1 / clients)
         record[f"recall_{when}"] = by_class(found[when].sum(0), examples.sum(0))
         record |= {f"{name}_{when}": mean(*pair) for name, *pair in zip(GROUPS, found[when], examples, strict=True)}
     log_ea = by_class(found["log_ea"].sum(0), clients * judged)

@@ -88,7 +88,7 @@ class VmapEngine(Engine):
             results.append(check_result(result, losses[position, :steps] if losses is not None else None, round))
         return results
 
-    def _judge(self, round: Round, local: Tree, ids: Sequence[int]) -> list[Any]:
+    def _judge(self, round: Round, local: Tree, ids: Sequence[int]) -> list[local_models.Judged | None]:
         """Judges each client's model, one after another; a None each where that is not wanted."""
         if not self.setting.judges(round):
             return [None for _ in ids]
