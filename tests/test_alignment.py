@@ -19,10 +19,13 @@ from fedtail import (
     Variables,
 )
 from fedtail.algorithms import fedga
+from fedtail.algorithms.fedlc import FedLC
+from fedtail.algorithms.fedntd import FedNTD
+from fedtail.algorithms.fedrs import FedRS
 from fedtail.data.federated import FederatedData
-from fedtail.data.partition import DirichletEqualSize
+from fedtail.data.partition import ClassSpecific, DirichletEqualSize
 from fedtail.experiment import Federation
-from fedtail.losses import CrossEntropy, FedGA
+from fedtail.losses import BalancedSoftmax, CrossEntropy, FedGA
 from fedtail.models.specs import MLP
 
 MODEL = Variables({}, {})
@@ -143,7 +146,10 @@ def test_equal_counts_of_all_classes_are_the_cross_entropy():
     for loss, shift in ((OFFICIAL, 1.0), (EXACT, 0.0)):
         found, other = gradient(loss, z, y)
         torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
-        assert other == pytest.approx(value + shift, abs=1e-12)  # the added term is 1 for every example
+        assert other == pytest.approx(value + shift, abs=1e-12)
+    torch.testing.assert_close(soft_label(z, y)[1], torch.eye(5, dtype=torch.float64).repeat(2, 1), rtol=0, atol=1e-15)
+    _, _, own, m, _ = parts(z, y)
+    torch.testing.assert_close(m / own, torch.ones_like(m), rtol=0, atol=1e-12)  # the added term, example by example
 
 
 def test_without_strength_it_is_the_cross_entropy_exactly():
@@ -206,8 +212,8 @@ def test_padding_does_not_count():
 # ---- a small federation of Gaussian classes, where the direction of the effect was measured before
 
 
-def toy(seed, alpha):
-    """Ten Gaussian classes in 32 dimensions, 6,000 training and 2,000 balanced test examples, 50 clients of equal size."""
+def toy(seed, partition):
+    """Ten Gaussian classes in 32 dimensions, 6,000 training and 2,000 balanced test examples, 50 clients."""
     rng = np.random.default_rng([seed, 11])
     means = 0.55 * rng.normal(size=(10, 32))
 
@@ -217,28 +223,31 @@ def toy(seed, alpha):
         return {"x": torch.from_numpy(x + 0.3 * np.tanh(x[:, ::-1])).float(), "y": torch.from_numpy(y)}
 
     train, test = draw(6000), draw(2000)
-    owners = DirichletEqualSize(clients=50, alpha=alpha).split(
-        train["y"].numpy(), 10, np.random.default_rng([seed, 12])
-    )
+    owners = partition.split(train["y"].numpy(), 10, np.random.default_rng([seed, 12]))
     return FederatedData(train, owners, test, [np.arange(0)] * 50, 10)
 
 
-def toy_scores(algorithm, seed, alpha):
-    """Means over the last ten rounds of 40: accuracy, EA, and those of the cohort's own models."""
+def skewed(alpha):
+    return DirichletEqualSize(clients=50, alpha=alpha)
+
+
+def toy_scores(algorithm, seed, partition, rounds=40):
+    """Means over the last ten rounds: accuracy, EA; accuracy and EA of the cohort's own models, and their accuracy before."""
     experiment = Experiment(
-        rounds=40, seed=seed, algorithm=algorithm(optimizer=SGD(lr=0.1, momentum=0.0, clip=5.0)), model=MLP(hidden=(64,)),
+        rounds=rounds, seed=seed, algorithm=algorithm(optimizer=SGD(lr=0.1, momentum=0.0, clip=5.0)), model=MLP(hidden=(64,)),
         local=LocalWork(epochs=2, batch_size=32), participation=Participation(clients=5), engine=EngineOptions(name="loop"),
         evaluation=Evaluation(local=False, local_models=5),
     )  # fmt: skip
     rows = []
-    with contextlib.closing(Federation(experiment, toy(seed, alpha))) as running:
-        for index in range(40):
+    with contextlib.closing(Federation(experiment, toy(seed, partition))) as running:
+        for index in range(rounds):
             record = running.step()
-            if index >= 30:
+            if index >= rounds - 10:
                 record |= running.score()
                 own = record.get("local_models", {})
                 rows.append([record["test"]["accuracy"], record["test"]["mean_abs_log_ea"],
-                             own.get("accuracy_after", np.nan), own.get("mean_abs_log_ea_after", np.nan)])  # fmt: skip
+                             own.get("accuracy_after", np.nan), own.get("mean_abs_log_ea_after", np.nan),
+                             own.get("accuracy_before", np.nan)])  # fmt: skip
             running.advance(record)
     return np.nanmean(rows, 0)
 
@@ -248,12 +257,43 @@ def test_fedga_lowers_error_asymmetry_and_forgetting_but_hardly_moves_accuracy()
     """Thresholds of a measurement with another implementation, two seeds; margins there: .6 to .7, .6, +.02, .00, 1.05/.60."""
     exact = partial(fedga.FedGA, form="exact")
     avg, official, nominal = (
-        np.stack([toy_scores(a, seed, 0.05) for seed in (0, 1)]) for a in (FedAvg, fedga.FedGA, exact)
+        np.stack([toy_scores(a, seed, skewed(0.05)) for seed in (0, 1)]) for a in (FedAvg, fedga.FedGA, exact)
     )
     assert official[:, 1].mean() / avg[:, 1].mean() < 0.85
     assert official[:, 3].mean() / avg[:, 3].mean() < 0.85
     assert official[:, 2].mean() > avg[:, 2].mean()
     assert official[:, 0].mean() - avg[:, 0].mean() > -0.02
     assert nominal[:, 1].mean() > avg[:, 1].mean()
-    even = [np.mean([toy_scores(a, seed, 10.0)[0] for seed in (0, 1)]) for a in (FedAvg, fedga.FedGA)]
+    even = [np.mean([toy_scores(a, seed, skewed(10.0))[0] for seed in (0, 1)]) for a in (FedAvg, fedga.FedGA)]
     assert abs(even[0] - even[1]) < 0.01
+
+
+@pytest.mark.slow
+def test_the_other_methods_against_label_skew_move_as_they_did_elsewhere():
+    """Thresholds of a measurement with another implementation; FedLC and the balanced softmax pay with accuracy for low EA."""
+    names = {
+        "fedavg": FedAvg,
+        "balanced": partial(FedAvg, loss=BalancedSoftmax()),
+        "fedrs": FedRS,
+        "fedntd": FedNTD,
+        "fedlc": FedLC,
+    }
+    found = {
+        name: np.mean([toy_scores(make, seed, skewed(0.05), 60) for seed in (0, 1)], 0) for name, make in names.items()
+    }
+    accuracy, ea = ({name: row[i] for name, row in found.items()} for i in (0, 1))
+    assert ea["balanced"] < ea["fedrs"] < ea["fedavg"]
+    assert ea["fedntd"] > 0.9 * ea["fedavg"]
+    for name in ("fedrs", "fedntd"):
+        assert abs(accuracy[name] - accuracy["fedavg"]) < 0.03, name
+    for name in ("balanced", "fedlc"):
+        assert 0.02 < accuracy["fedavg"] - accuracy[name] < 0.10, name
+
+
+@pytest.mark.slow
+def test_one_class_a_client():
+    """Local training forgets, and the balanced softmax never learns: no bug."""
+    partition = ClassSpecific(clients=50)
+    avg = np.mean([toy_scores(FedAvg, seed, partition) for seed in (0, 1)], 0)
+    assert avg[4] - avg[2] > 0.05
+    assert toy_scores(partial(FedAvg, loss=BalancedSoftmax()), 0, partition)[0] < 0.20

@@ -192,6 +192,81 @@ def test_fedntd_gradient_of_the_numeric_example():
     np.testing.assert_allclose(grad[0], [-0.497099, 0.567319, -0.100737, 0.030517], atol=1e-5)
 
 
+# ---- the logit gradients of all methods, row by row of the literature's formulas
+
+
+def softmax(z):
+    e = np.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def gradient_rows(z, y, n, teacher):
+    """Per example, before 1 / B: each method's gradient on the logits by its formula, in NumPy. n: class counts."""
+    p, delta, held = softmax(z), np.eye(z.shape[1])[y], n > 0
+    own, m = n[y][:, None], (p * n).sum(1, keepdims=True)
+    a = np.where(held, 1.0, 0.5)
+    q = softmax(a * z)
+    calibrated = np.where(held, p * np.exp(-(np.where(held, n, 1.0) ** -0.25)), 0.0)
+    inverse = np.where(held, 1 / np.where(held, n, 1.0), 0.0)[y][:, None]  # divided by their sum, not by B
+    wrong, gap = 1 - delta, np.zeros_like(z)
+    for i in range(len(z)):
+        rest = wrong[i] > 0
+        gap[i, rest] = softmax(z[i : i + 1, rest] / 2)[0] - softmax(teacher[i : i + 1, rest] / 2)[0]
+    return {
+        "cross_entropy": p - delta,
+        "label_smoothing": p - 0.9 * delta - 0.1 / z.shape[1],
+        "class_weighted": len(z) * inverse / inverse.sum() * (p - delta),
+        "fedrs": a * (q - delta),
+        "balanced_softmax": p * n / m - delta,
+        "fedlc": calibrated / calibrated.sum(1, keepdims=True) - delta,
+        "fedntd": p - delta + 0.7 * 2 * gap,
+        "fedga exact": p * n / own - delta,
+        "fedga official": p * (1 + (n - m) / own) - delta,
+    }
+
+
+GRADIENTS = {
+    "cross_entropy": fedtail.losses.CrossEntropy(),
+    "label_smoothing": fedtail.losses.LabelSmoothing(epsilon=0.1),
+    "class_weighted": fedtail.losses.ClassWeighted(),
+    "fedrs": fedtail.losses.FedRS(alpha=0.5),
+    "balanced_softmax": fedtail.losses.BalancedSoftmax(),
+    "fedlc": fedtail.losses.FedLC(tau=1.0),
+    "fedga exact": fedtail.losses.FedGA(form="exact", counts="client"),
+    "fedga official": fedtail.losses.FedGA(counts="client"),
+}
+
+
+@pytest.mark.parametrize("name", [*GRADIENTS, "fedntd"])
+@pytest.mark.parametrize("counts", [(3, 0, 11, 0, 6), (0, 0, 9, 0, 0)], ids=["missing classes", "one class"])
+def test_the_logit_gradient_of_every_method_is_its_formula(name, counts):
+    """By automatic differentiation, on examples of the classes that are held; and what becomes of a missing class."""
+    rng, n = np.random.default_rng(5), np.array(counts, float)
+    z, teacher, y = rng.normal(size=(8, 5)) * 2, rng.normal(size=(8, 5)), rng.choice(np.flatnonzero(n), 8)
+    leaf, labels = torch.from_numpy(z).requires_grad_(), torch.from_numpy(y)
+    if name == "fedntd":
+        divergence = not_true_divergence(torch.from_numpy(teacher), leaf, labels, 2.0).mean()
+        value = torch.nn.functional.cross_entropy(leaf, labels) + 0.7 * 2**2 * divergence
+    else:
+        here = SimpleNamespace(counts=torch.from_numpy(n))
+        batch = Batch({"x": torch.zeros(8, 1), "y": labels}, None, {})
+        value = GRADIENTS[name](SimpleNamespace(here=here), None, leaf, batch)
+    (grad,) = torch.autograd.grad(value, leaf)
+    found, rows = 8 * grad.numpy(), gradient_rows(z, y, n, teacher)
+    np.testing.assert_allclose(found, rows[name], rtol=0, atol=1e-12)
+    p, missing = softmax(z), n == 0
+    if name in ("balanced_softmax", "fedlc", "fedga exact"):
+        assert not found[:, missing].any()
+    if counts.count(0) == 4:  # the column of the one-class client
+        own = p[np.arange(8), y]
+        expected = {"balanced_softmax": 0 * own, "fedlc": 0 * own, "fedga exact": own - 1, "fedga official": -((1 - own) ** 2),
+                    "cross_entropy": own - 1}  # fmt: skip
+        if name in expected:
+            np.testing.assert_allclose(found[np.arange(8), y], expected[name], rtol=0, atol=1e-12)
+        if name == "fedga official":
+            np.testing.assert_allclose(found[:, missing], p[:, missing] * (1 - own)[:, None], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
 def test_the_distillations_gradient_is_beta_tau_times_the_difference_of_the_wrong_classes(tau):
     z = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 5))).requires_grad_()
