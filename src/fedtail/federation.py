@@ -46,7 +46,7 @@ def federate(options: Data, seed: int, device: str = "cpu") -> FederatedData:
         {"x": column(dataset.train.x[rows], decoder, device), "y": torch.from_numpy(labels[rows]).to(device)},
         owners,
         {"x": column(dataset.test.x, decoder, device), "y": torch.from_numpy(dataset.test.y).to(device)},
-        local, classes, dataset.mean, dataset.std, options.augmentation,
+        local, classes, *((dataset.mean, dataset.std) if options.normalise else ((), ())), options.augmentation,
         np.arange(ends[0], ends[1]), np.arange(ends[1], ends[2]), _sources(dataset, options, len(chosen)),
     )  # fmt: skip
 

@@ -35,7 +35,8 @@ VMAP = EngineOptions(name="vmap")
 VARIANTS = [
     case
     for case in CASES
-    if case.startswith(("fedgrab-", "fedavg-", "fedopt-", "fednova-")) and case not in ("fedgrab-rank", "fedavg-adam")
+    if case.startswith(("fedgrab-", "fedavg-", "fedopt-", "fednova-", "fedga-", "fedrs-"))
+    and case not in ("fedgrab-rank", "fedavg-adam")
 ]
 every_case = pytest.mark.parametrize("case", CASES)
 every_problem = pytest.mark.parametrize(
