@@ -24,7 +24,7 @@ from fedtail.data.federated import FederatedData
 from fedtail.data.members import Members
 from fedtail.data.plan import make_plan
 from fedtail.drift import Drift
-from fedtail.engines import distributed, make_engine
+from fedtail.engines import distributed, local_models, make_engine
 from fedtail.engines.base import Engine, Setting, Sink, blame, one_thread
 from fedtail.engines.choice import resolve
 from fedtail.engines.loop import iterate
@@ -92,9 +92,11 @@ class Federation:
     def _engine(self) -> Engine:
         task = self.algorithm.stage_task(self.task, self.stage)
         experiment = self.experiment
+        judging = experiment.evaluation
         return self._running(
-            Setting(self.algorithm, task, self.data, experiment.local, experiment.seed, self.constants)
-        )
+            Setting(self.algorithm, task, self.data, experiment.local, experiment.seed, self.constants,
+                    judging.local_models, judging.batch_size, judging.double_softmax)
+        )  # fmt: skip
 
     def _running(self, setting: Setting) -> Engine:
         engine = make_engine(self.experiment.engine, setting)
@@ -150,6 +152,8 @@ class Federation:
             trained += phase.local
             name = "train" if phase.name == "train" else phase.name
             record[name] = {"clients": len(sink.answers), "examples": sink.examples, **plain(sink.metrics())}
+            if sink.judged != ():
+                record["local_models"] = local_models.scores(sink.judged, self.data.test["y"].numpy(force=True))
         if len(self.data.server):
             record["server"] = self._server_data()
         ctx = self.context()
@@ -306,13 +310,8 @@ def start(federation: Federation, folder: str | Path | None) -> Iterator[RoundRe
     if path is not None:
         try:
             initial = federation.task.initial if federation.experiment.start else None
-            runs.create(
-                path,
-                federation.experiment,
-                runs.partition_arrays(federation.data, federation.newcomers),
-                federation.snapshot(0),
-                initial,
-            )
+            held = runs.partition_arrays(federation.data, federation.newcomers)
+            runs.create(path, federation.experiment, held, federation.snapshot(0), initial)
         except BaseException:
             federation.close()
             raise

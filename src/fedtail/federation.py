@@ -49,7 +49,7 @@ def federate(options: Data, seed: int, device: str = "cpu") -> FederatedData:
         {"x": column(dataset.train.x[rows], decoder, device), "y": torch.from_numpy(labels[rows]).to(device)},
         owners,
         {"x": column(dataset.test.x, decoder, device), "y": torch.from_numpy(dataset.test.y).to(device)},
-        local, classes, dataset.mean, dataset.std, options.augmentation,
+        local, classes, *((dataset.mean, dataset.std) if options.normalise else ((), ())), options.augmentation,
         np.arange(ends[0], ends[1]), np.arange(ends[1], ends[2]), _sources(dataset, options, len(chosen)),
     )  # fmt: skip
 
@@ -102,9 +102,10 @@ def check_device(name: str) -> None:
 
 def suited(data: FederatedData, algorithm: Algorithm) -> FederatedData:
     """Returns the data as a method wants them: images of a generative one are scaled to [-1, 1], as generators make them."""
-    if not algorithm.generative or not data.mean:
+    shape = data.columns["x"].shape
+    if not algorithm.generative or len(shape) != 4:
         return data
-    return dataclasses.replace(data, mean=(0.5,) * len(data.mean), std=(0.5,) * len(data.std))
+    return dataclasses.replace(data, mean=(0.5,) * shape[1], std=(0.5,) * shape[1])
 
 
 def make_task(experiment: Experiment, data: FederatedData) -> Task:

@@ -36,7 +36,9 @@ VMAP = EngineOptions(name="vmap")
 VARIANTS = [
     case
     for case in CASES
-    if case.startswith(("fedgrab-", "fedavg-", "fedopt-", "fednova-", "fedgan-", "effgan-", "uagan-"))
+    if case.startswith(
+        ("fedgrab-", "fedavg-", "fedopt-", "fednova-", "fedga-", "fedrs-", "fedgan-", "effgan-", "uagan-")
+    )
     and case not in ("fedgrab-rank", "fedavg-adam")
 ]
 every_case = pytest.mark.parametrize("case", CASES)

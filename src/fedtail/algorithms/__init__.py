@@ -31,5 +31,12 @@ ALGORITHMS: dict[str, str] = {
     "effgan": "fedtail.algorithms.effgan:EFFGAN",
     "mdgan": "fedtail.algorithms.mdgan:MDGAN",
     "uagan": "fedtail.algorithms.uagan:UAGAN",
+    "fedga": "fedtail.algorithms.fedga:FedGA",
+    "fedlc": "fedtail.algorithms.fedlc:FedLC",
+    "fedrs": "fedtail.algorithms.fedrs:FedRS",
+    "fedntd": "fedtail.algorithms.fedntd:FedNTD",
+    "moon": "fedtail.algorithms.moon:MOON",
+    "feddecorr": "fedtail.algorithms.feddecorr:FedDecorr",
+    "fedsam": "fedtail.algorithms.fedsam:FedSAM",
 }
 """From the name used in configurations to module:Class."""
