@@ -284,7 +284,8 @@ def test_list(say, what, known):
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_show(say, name):
     text = say("show", name)
-    assert "optimizer           SGD()" in text
+    default = "Adam(lr=0.0002, beta1=0.5)" if name.endswith("gan") else "SGD()"
+    assert f"optimizer           {default} " in text
     assert re.search(r"(?i)differences? from", text) or name == "fedavg", "what differs from the paper"
     algorithm = config.resolve(config.Algorithm, name)
     for field in dataclasses.fields(algorithm):

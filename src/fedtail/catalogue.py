@@ -111,7 +111,7 @@ def _page(name: str, text: str | None, line: list[ast.ClassDef], shared: dict[st
     known = dict(shared)
     for field, default, meaning in (option for cls in line for option in option_docs(cls)):
         known[field] = (default, meaning or known.get(field, ("", ""))[1])
-    options = [f"  {field:20}{default:16}{meaning}" for field, (default, meaning) in known.items()]
+    options = [f"  {field:20}{default:15} {meaning}" for field, (default, meaning) in known.items()]
     found = [n for cls in line for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "shares_counts"]
     revealed = [f"Clients reveal their class counts: {_first_line(ast.get_docstring(n))}" for n in found[-1:]]
     head = f"Options of {name} (name, default, meaning):" if options else f"{name} has no options."

@@ -19,13 +19,11 @@ from fedtail.algorithm import Batch, Context, Metrics, Mixture
 from fedtail.local import Local, overlay, parted, sgd_step
 from fedtail.losses import one_hot
 from fedtail.models.gan import with_label
-from fedtail.optim import Adam, Optimizer, Params
+from fedtail.optim import Optimizer, Params
 from fedtail.task import Draw, Task, Variables, Worker
 from fedtail.trees import Tree
 
 GENERATOR, DISCRIMINATOR = "generator.", "discriminator."
-ADAM = Adam(lr=2e-4, beta1=0.5)
-"""What both networks step with, each with a state of its own: DCGAN's (Radford, Metz and Chintala, ICLR 2016)."""
 
 
 def both(optimizer: Optimizer) -> Optimizer:

@@ -27,7 +27,7 @@ from fedtail import gan, trees
 from fedtail.algorithm import Algorithm, Batch, Context, Metrics, Mixture, Phase
 from fedtail.errors import ConfigError
 from fedtail.local import Local
-from fedtail.optim import Optimizer
+from fedtail.optim import Adam, Optimizer
 from fedtail.task import Draw, Task, Variables
 from fedtail.trees import Tree
 
@@ -55,7 +55,7 @@ class Ensemble(NamedTuple):
 class EFFGAN(Algorithm):
     """FedGAN, whose last local models are kept as an ensemble of generators instead of being averaged."""
 
-    optimizer: Optimizer = gan.ADAM
+    optimizer: Optimizer = Adam(lr=2e-4, beta1=0.5)
     """What each of the two networks steps with, with a state of its own; DCGAN's Adam (2e-4, .5, .999)."""
     finetune_epochs: int = -1
     """Epochs of the last, unaveraged training, >= 0; -1: as long as a round's. 0: all experts are the common model."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from fedtail import gan
 from fedtail.algorithm import Algorithm, Batch, Context, Metrics, Mixture
 from fedtail.local import Local
-from fedtail.optim import Optimizer
+from fedtail.optim import Adam, Optimizer
 from fedtail.task import Draw, Task, Variables
 from fedtail.trees import Tree
 
@@ -41,7 +41,7 @@ class Averaged(NamedTuple):
 class FedGAN(Algorithm):
     """Federated averaging of a generator and a discriminator."""
 
-    optimizer: Optimizer = gan.ADAM
+    optimizer: Optimizer = Adam(lr=2e-4, beta1=0.5)
     """What each of the two networks steps with, with a state of its own; DCGAN's Adam (2e-4, .5, .999)."""
     persist_optimizer: bool = False
     """Clients keep the optimizer's state between rounds; by default it is fresh in every round."""

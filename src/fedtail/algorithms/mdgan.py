@@ -29,7 +29,7 @@ from fedtail import gan, trees
 from fedtail.algorithm import Algorithm, Batch, Context, Metrics, Mixture, Phase
 from fedtail.errors import ConfigError
 from fedtail.local import Local, overlay, sgd_step
-from fedtail.optim import Optimizer
+from fedtail.optim import Adam, Optimizer
 from fedtail.task import Draw, Task, Variables
 from fedtail.trees import Tree
 
@@ -62,7 +62,7 @@ class Held(NamedTuple):
 class MDGAN(Algorithm):
     """A generator at the server learns from discriminators that stay with the clients and are swapped now and then."""
 
-    optimizer: Optimizer = gan.ADAM
+    optimizer: Optimizer = Adam(lr=2e-4, beta1=0.5)
     """What clients and server step with; their states last from round to round."""
     swap_every: int = 100
     """Rounds between two swaps of discriminators, >= 0; 0: never. The paper swaps once an epoch."""

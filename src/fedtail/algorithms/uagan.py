@@ -35,7 +35,7 @@ from fedtail import gan
 from fedtail.algorithm import Algorithm, Batch, Context, Metrics, Mixture, Phase
 from fedtail.errors import ConfigError
 from fedtail.local import Local, overlay, sgd_step
-from fedtail.optim import Optimizer
+from fedtail.optim import Adam, Optimizer
 from fedtail.task import Draw, Task, Variables
 from fedtail.trees import Tree
 
@@ -87,7 +87,7 @@ def generator_loss(logits: Tensor, counts: Tensor, aggregate: Aggregate, sharpne
 class UAGAN(Algorithm):
     """A generator at the server learns from an aggregate of discriminators that stay with the clients."""
 
-    optimizer: Optimizer = gan.ADAM
+    optimizer: Optimizer = Adam(lr=2e-4, beta1=0.5)
     """What clients and server step with; their states last from round to round."""
     aggregate: Aggregate = "odds"
     """How the clients' outputs become one: odds (UA-GAN), mean (AvgGAN), max (F2U), soft (F2A)."""
