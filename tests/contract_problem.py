@@ -330,6 +330,11 @@ def _cases() -> dict[str, Algorithm]:
     found["fedavg-nesterov"] = avg(optimizer=SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01, clip=0.5))
     opt = config.resolve(Algorithm, "fedopt")
     found.update({f"fedopt-{server}": opt(optimizer=PLAIN, server=server) for server in ("avgm", "yogi", "adagrad")})
+    distillation = config.resolve(Algorithm, "server_distillation")
+    terms = distillation(optimizer=PLAIN, lam_kd=0.5, lam_feat=0.7, lam_ce=0.3, server_steps=3, server_batch=5,
+                         server_optimizer=SGD(lr=0.05), server_cosine=False)  # fmt: skip
+    found["server_distillation-terms"] = terms
+    found["server_distillation-alone"] = dataclasses.replace(terms, clients=False, lam_feat=0.0)
     found["fednova-proximal"] = config.resolve(Algorithm, "fednova")(optimizer=SGD(lr=0.1, momentum=0.0), mu=0.7)
     found["fedavg-partition"] = avg(optimizer=Partition(parts={"": PLAIN, "head": Adam(lr=0.01, eps=1e-4)}))
     for name in LOSSES:
@@ -350,7 +355,8 @@ def experiment(case: str, problem: str, engine: EngineOptions = LOOP, seed: int 
 def federation(case: str, problem: str, engine: EngineOptions = LOOP, seed: int = 0) -> Federation:
     """Returns a federation that is ready for round 0."""
     chosen = PROBLEMS[problem]
-    return Federation(experiment(case, problem, engine, seed), federated(chosen.sizes, chosen.images))
+    columns = (*CASES[case].columns, *CASES[case].server_columns)
+    return Federation(experiment(case, problem, engine, seed), federated(chosen.sizes, chosen.images, columns))
 
 
 class Outcome(NamedTuple):

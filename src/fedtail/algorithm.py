@@ -52,6 +52,21 @@ class Round(NamedTuple):
     stage: int = 0  # see Algorithm.advance
     holders: int = 0  # number of clients that hold data: those who can take part at all
     counts: Tensor | None = None  # (classes,) the population's class counts, only if the algorithm shares_counts
+    step: int = 0  # of server_step: which one of the round, 0-based
+    steps: int = 0  # of server_step: how many there are in this round
+    columns: Mapping[str, tuple[int, ...]] = {}
+
+
+class ServerWork(NamedTuple):
+    """How much `server_step` is called in a round; the server's data are not augmented then.
+
+    Args:
+        batch_size: examples in a batch, >= 1; all of the server's, if it has fewer.
+        steps: number of batches; -1 = one pass over the server's data.
+    """
+
+    batch_size: int
+    steps: int
 
 
 class Client(NamedTuple):
@@ -130,6 +145,21 @@ class Algorithm(ABC):
         """
         return getattr(getattr(self, "loss", None), "shares_counts", False)
 
+    @property
+    def server_columns(self) -> Sequence[str]:
+        """What a batch of server data must carry; default: inputs and labels."""
+        return ("x", "y")
+
+    @property
+    def needs_server_labels(self) -> bool:
+        """Says whether the server's data must have labels; default: whether they are needed at all."""
+        return self.needs_server_data
+
+    @property
+    def server_work(self) -> ServerWork | None:
+        """Returns how much work `server_step` is called for; default None: as much as a client's, `experiment.local`."""
+        return None
+
     def needs_start(self, rounds: int) -> bool:
         """Says whether so many rounds train no backbone, so that an experiment without `start` is refused."""
         return False
@@ -196,6 +226,10 @@ class Algorithm(ABC):
 
     def readings(self) -> Mapping[str, "Algorithm"]:
         """Returns the method with other settings of its prediction, by name: each evaluation judges them too."""
+        return {}
+
+    def also_judged(self, ctx: Context, server: Any) -> Mapping[str, Any]:
+        """Returns messages that each evaluation judges beside the broadcast, by name (the model before the server's steps)."""
         return {}
 
     def variables(self, ctx: Context, message: Any, client: Tree | None) -> Variables:

@@ -35,6 +35,7 @@ from fedtail.models.specs import MLP, MODELS, ModelSpec, UserModel
 from fedtail.optim import OPTIMIZERS, Optimizer
 from fedtail.schedule import SCHEDULES, Constant, Schedule
 from fedtail.seeds import Stream, generator
+from fedtail.teachers.specs import TEACHERS, NoTeacher, Teacher
 from fedtail.userfile import run_file, split_target, user_module
 
 
@@ -56,6 +57,10 @@ class Data:
     """Images of each class kept out of training for model selection, taken before the long-tail cut."""
     server: int = 0
     """Images of each class given to the server, taken before the long-tail cut; for methods that have server data."""
+    server_used: int = 0
+    """Of `server`, images of each class that the server gets; the others stay unused. 0 = all of them."""
+    server_from: str = ""
+    """A data set whose training images, without labels, the server gets: `server` for each class; empty: held out."""
     image_size: int = 0
     """Height and width that images in files of their own are resized to; 0 = a folder's common size, 224 for lists."""
     cache_mib: int = 1024
@@ -67,6 +72,9 @@ class Data:
         if min(self.image_size, self.cache_mib, self.decode_threads) < 0:
             raise ConfigError("data.image_size, data.cache_mib and data.decode_threads must be >= 0, got "
                               f"{self.image_size}, {self.cache_mib} and {self.decode_threads}.")  # fmt: skip
+        if not 0 <= self.server_used <= self.server or (self.server_used and self.server_from):
+            raise ConfigError(f"data.server_used must be in [0, data.server = {self.server}], and 0 with data.server_from; "
+                              f"got {self.server_used}.")  # fmt: skip
         if self.validation < 0 or self.server < 0:
             raise ConfigError(f"data.validation and data.server must be >= 0, got {self.validation} and {self.server}.")
 
@@ -112,6 +120,8 @@ class Experiment:
     """Determines every random number of the run, >= 0."""
     rounds: int = 20
     """Number of rounds, >= 1."""
+    teacher: Teacher = NoTeacher()
+    """A frozen network that methods distil from; its outputs are computed once."""
     start: str = ""
     """Folder of a finished run whose generic model is the initial one ("{seed}" stands for the seed); empty: none."""
     algorithm: Algorithm = FedAvg()
@@ -158,6 +168,7 @@ REGISTRIES: dict[type, Mapping[str, Any]] = {
     ModelSpec: MODELS,
     GroupRule: GROUP_RULES,
     Schedule: SCHEDULES,
+    Teacher: TEACHERS,
 }
 """For each abstract field type, the names that a configuration may use."""
 SWEEP = {"row", "rows", "base", "grid"}

@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from fedtail import config, runs
-from fedtail.algorithm import Context, Phase, Round
+from fedtail import config, runs, teaching, trees
+from fedtail.algorithm import Algorithm, Context, Phase, Round
 from fedtail.checkpoint import Snapshot, load_checkpoint, read_meta, save_checkpoint
 from fedtail.config import Experiment
 from fedtail.data.federated import FederatedData
-from fedtail.data.members import Members
 from fedtail.data.plan import make_plan
 from fedtail.drift import Drift
 from fedtail.engines import distributed, make_engine
@@ -30,11 +28,11 @@ from fedtail.engines.choice import resolve
 from fedtail.engines.loop import iterate
 from fedtail.errors import CheckpointError, ConfigError, TrainingError
 from fedtail.evaluate import Judge, Split, shot_groups
-from fedtail.federation import Predictor, check_device, federate, make_task
+from fedtail.federation import Predictor, check_data, check_device, make_task, takers, whole_batches
 from fedtail.seeds import Stream, generator
 from fedtail.states import ClientStates
 from fedtail.task import Task, Variables
-from fedtail.trees import Tree, all_finite
+from fedtail.trees import Tree
 
 log = logging.getLogger("fedtail")
 
@@ -59,20 +57,18 @@ class Federation:
             rounds = f"{experiment.rounds} round{'s' if experiment.rounds > 1 else ''}"
             raise ConfigError(f"algorithm {config.name_of(experiment.algorithm)} trains no backbone in {rounds}: "
                               "name a finished run in start.")  # fmt: skip
-        self.data = data if data is not None else federate(experiment.data, experiment.seed, experiment.device)
+        self.data = data if data is not None else teaching.furnish(experiment)
         self.task = make_task(experiment, self.data)
         if experiment.start:
             self.task = dataclasses.replace(self.task, initial=initial or _initial(experiment, self.task))
-        self.holders, self.newcomers = _takers(experiment, self.data)
+        self.holders, self.newcomers = takers(experiment, self.data)
         size = min(experiment.participation.size(self.data.clients - len(self.newcomers)), len(self.holders))
         self.cohort_size = size
         options, self.reason = resolve(experiment.engine, self.task, size, experiment.local.batch_size)
         experiment.evaluation.finetune.check(self.task)
         self.experiment = dataclasses.replace(experiment, engine=options)
         self.algorithm = experiment.algorithm
-        if self.algorithm.needs_server_data and not len(self.data.server):
-            raise ConfigError(f"algorithm {config.name_of(self.algorithm)} needs data at the server: set data.server "
-                              "(images per class), for example 1.")  # fmt: skip
+        check_data(experiment, self.data)
         self.counts: torch.Tensor | None = None
         if self.algorithm.shares_counts:
             totals = self.data.class_totals(without=self.newcomers.tolist())
@@ -85,7 +81,8 @@ class Federation:
         self.engine = self._engine()
         self.worker = self.engine.setting.task.worker()
         with one_thread(), blame("init_server"):
-            self.server = self.algorithm.init_server(self.context(), generator(experiment.seed, Stream.ALGORITHM))
+            ctx = self.context(cohort=size)
+            self.server = self.algorithm.init_server(ctx, generator(experiment.seed, Stream.ALGORITHM))
         log.info("engine %s: %s", options.name, self.reason)
 
     def _engine(self) -> Engine:
@@ -107,8 +104,9 @@ class Federation:
         """Returns the server's context."""
         experiment = self.experiment
         scale = experiment.schedule.scale(self.round, experiment.rounds)
+        shapes = {name: tuple(column.shape[1:]) for name, column in self.data.columns.items()}
         here = Round(self.round, phase, cohort, self.data.clients, experiment.rounds, scale, self.stage, len(self.holders),
-                     self.counts)  # fmt: skip
+                     self.counts, columns=shapes)  # fmt: skip
         return Context(self.worker, here, self.constants, None)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -147,13 +145,13 @@ class Federation:
             sink = self._phase(phase, trained)
             trained += phase.local
             name = "train" if phase.name == "train" else phase.name
-            record[name] = {"clients": len(sink.answers), "examples": sink.examples, **plain(sink.metrics())}
+            record[name] = {"clients": len(sink.answers), "examples": sink.examples, **trees.plain(sink.metrics())}
         if len(self.data.server):
             record["server"] = self._server_data()
         ctx = self.context()
         record["lr_scale"] = ctx.round.lr_scale
         with blame("diagnostics"):
-            record["diagnostics"] = plain(self.algorithm.diagnostics(ctx, self.server))
+            record["diagnostics"] = trees.plain(self.algorithm.diagnostics(ctx, self.server))
         return record
 
     def message(self, ctx: Context) -> Tree:
@@ -176,7 +174,7 @@ class Federation:
                 self.server = self.algorithm.server_collect(ctx, self.server, sink.updates, weights)
             else:
                 self.server = self.algorithm.server_update(ctx, self.server, sink.mean(), total)
-        if not all_finite(self.server):
+        if not trees.all_finite(self.server):
             raise TrainingError(
                 f"The server state is not finite after round {self.round}, although every update was. Lower "
                 "algorithm.server_lr or the clients' learning rate."
@@ -185,16 +183,26 @@ class Federation:
         return sink
 
     def _server_data(self) -> dict[str, Any]:
-        """Loops `server_step` over the server's data, for as much work as a client's."""
-        experiment, ctx, setting = self.experiment, self.context(Phase("server")), self.engine.setting
-        plan = make_plan(experiment.seed, self.round, 0, self.data.clients, self.data.server, experiment.local,
-                         setting.draws)  # fmt: skip
-        sums = dict[str, torch.Tensor]()
-        for batch in iterate(setting, plan):
+        """Loops `server_step` over the server's data, for as much work as the algorithm says or a client does."""
+        experiment, algorithm, setting = self.experiment, self.algorithm, self.engine.setting
+        work, draws = experiment.local, setting.draws
+        if (own := algorithm.server_work) is not None:
+            work = whole_batches(own, len(self.data.server))
+            draws = self.task.draws(work.batch_size)
+        if type(algorithm).server_step is Algorithm.server_step:  # it has none: the data need not be gathered
+            return {}
+        plan = make_plan(experiment.seed, self.round, 0, self.data.clients, self.data.server, work, draws)
+        steps = len(plan.lengths) if own is None or own.steps else 0
+        ctx, sums = self.context(Phase("server")), dict[str, torch.Tensor]()
+        for step, batch in zip(range(steps), iterate(setting, plan, algorithm.server_columns), strict=False):
             with blame("server_step"):
-                self.server, metrics = self.algorithm.server_step(ctx, self.server, batch)
+                here = ctx._replace(round=ctx.round._replace(step=step, steps=steps))
+                self.server, metrics = algorithm.server_step(here, self.server, batch)
             sums = {k: sums[k] + v if k in sums else v for k, v in metrics.items()}
-        return plain({k: v / len(plan.lengths) for k, v in sums.items()})
+        if not trees.all_finite(self.server):
+            raise TrainingError(f"The server state is not finite after the server's own steps in round {self.round}. Lower "
+                                "the learning rate of algorithm.server_optimizer.")  # fmt: skip
+        return trees.plain({k: v / steps for k, v in sums.items()})
 
     def score(self, split: Split = "all") -> dict[str, Any]:
         """Judges the present model on a split; "all" is what a round is judged on: test and validation.
@@ -203,7 +211,11 @@ class Federation:
         """
         self.engine.open()
         ctx, options = self.context(cohort=self.cohort_size), self.experiment.evaluation
-        judge = Judge(self.engine, ctx.round, self.constants, self.message(ctx), self.states, options, self.newcomers)
+        with torch.no_grad(), blame("also_judged"):
+            beside = self.algorithm.also_judged(ctx, self.server)
+        judge = Judge(
+            self.engine, ctx.round, self.constants, self.message(ctx), self.states, options, self.newcomers, beside
+        )
         found = judge.scores(split)
         if options.finetune.epochs and self.round + 1 >= self.experiment.rounds and split in ("all", "test"):
             found.update(self._tuned())
@@ -241,15 +253,6 @@ class Federation:
         return Predictor(module, self.data.mean, self.data.std).eval()
 
 
-def _takers(experiment: Experiment, data: FederatedData) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Returns the clients that hold a batch: those who can take part, and the newcomers, who never do."""
-    holders = np.flatnonzero(Members.of(data.owners).sizes >= experiment.local.min_batch)
-    if not len(holders):
-        raise ConfigError("data.partition and local.min_batch leave no client with a batch. Lower local.min_batch.")
-    newcomers = experiment.participation.late(holders, experiment.seed)
-    return np.setdiff1d(holders, newcomers, assume_unique=True), newcomers
-
-
 def _initial(experiment: Experiment, task: Task) -> Variables:
     """Returns the generic model of the finished run that an experiment starts from."""
     path = Path(experiment.start.replace("{seed}", str(experiment.seed)))
@@ -264,11 +267,6 @@ def _initial(experiment: Experiment, task: Task) -> Variables:
         raise ConfigError(f"start: the model of {path} does not fit this experiment's {experiment.model}: "
                           f"{len(wrong)} tensors differ, the first is {wrong[0]}. Use the same model and data.")  # fmt: skip
     return Variables(*({k: new[k].to(v) for k, v in own.items()} for own, new in pairs))
-
-
-def plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Returns tensors as numbers and nested lists."""
-    return {k: v.detach().cpu().double().tolist() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
 
 
 def run(experiment: Experiment, folder: str | Path | None = None) -> Iterator[RoundResult]:

@@ -27,16 +27,14 @@ from fedtail.engines.base import Sink
 from fedtail.errors import ConfigError
 from fedtail.experiment import Federation
 from fedtail.models.specs import MLP
+from fedtail.teachers import Trained
 
 PARALLEL = EngineOptions(name="parallel", workers=3)
 VMAP = EngineOptions(name="vmap")
 
 # Everything on ragged clients; variants of a method (gates, optimizers) only there, but for Adam after BatchNorm.
-VARIANTS = [
-    case
-    for case in CASES
-    if case.startswith(("fedgrab-", "fedavg-", "fedopt-", "fednova-")) and case not in ("fedgrab-rank", "fedavg-adam")
-]
+OF = ("fedgrab-", "fedavg-", "fedopt-", "fednova-", "server_distillation-")
+VARIANTS = [case for case in CASES if case.startswith(OF) and case not in ("fedgrab-rank", "fedavg-adam")]
 every_case = pytest.mark.parametrize("case", CASES)
 every_problem = pytest.mark.parametrize(
     ("case", "name"), [(c, n) for c in CASES for n in PROBLEMS if n == "ragged" or c not in VARIANTS]
@@ -160,7 +158,8 @@ def test_the_order_of_a_cohort_does_not_matter(case, engine):
             plans = setting.plans(ctx.round, 0, order)
             sink = Sink(list(plans), phase.reduce == "collect")
             running.engine.cohort(ctx.round, 0, message, running.states, plans, sink)
-            found.append((sink.mean(), by_name(sink.states), sink.metrics()))
+            received = tuple(sink.updates) if sink.collect else sink.mean()
+            found.append((received, by_name(sink.states), sink.metrics()))
     assert trees.equal(found[0], found[1])
     assert trees.equal(found[0], found[2])
 
@@ -228,6 +227,9 @@ def test_the_configuration_survives_json_and_toml(case):
 
 def resumable(case, **changes):
     """A small experiment on data that a run folder can name."""
+    columns = {*CASES[case].columns, *CASES[case].server_columns}
+    if "teacher" in columns:
+        changes["teacher"] = Trained(probe=2, epochs=1, model=MLP(hidden=(8,)))
     values = dict(
         rounds=4, algorithm=CASES[case], model=MLP(hidden=(12,)), local=LocalWork(steps=2, batch_size=8),
         data=Data(longtail=Exponential(factor=50.0), partition=DirichletMultinomial(clients=5), server=2, validation=2),

@@ -27,5 +27,8 @@ ALGORITHMS: dict[str, str] = {
     "fedrod": "fedtail.algorithms.fedrod:FedROD",
     "fedproto": "fedtail.algorithms.fedproto:FedProto",
     "eqlv2": "fedtail.algorithms.eqlv2:EQLv2",
+    "server_distillation": "fedtail.algorithms.server_distillation:ServerDistillation",
+    "client_distillation": "fedtail.algorithms.client_distillation:ClientDistillation",
+    "feddf": "fedtail.algorithms.feddf:FedDF",
 }
 """From the name used in configurations to module:Class."""

@@ -177,7 +177,8 @@ class Subject:
     ) -> Federation:  # fmt: skip
         """Returns a federation that is ready for round 0."""
         chosen = PROBLEMS[problem]
-        data = federated(chosen.sizes, chosen.images, self.algorithm.columns, complete=True)
+        wanted = (*self.algorithm.columns, *self.algorithm.server_columns)
+        data = federated(chosen.sizes, chosen.images, wanted, complete=True)
         return Federation(experiment(algorithm or self.algorithm, problem, engine, seed, schedule), data)
 
     def warm(self, problem: str, engine: EngineOptions = LOOP) -> Federation:

@@ -44,6 +44,8 @@ class FederatedData:
         validation: training indices kept out of every client for model selection.
         server: training indices that the server holds.
         sources: what was loaded, cut and split, in words, for reports.
+        probe: training indices that a teacher's head is fitted on, nobody else's.
+        class_names: name of each class; empty: not known.
     """
 
     columns: Mapping[str, Any]
@@ -57,6 +59,8 @@ class FederatedData:
     validation: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     server: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     sources: tuple[str, ...] = ()
+    probe: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("owners", "local_tests"):
