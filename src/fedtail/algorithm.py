@@ -63,10 +63,12 @@ class ServerWork(NamedTuple):
     Args:
         batch_size: examples in a batch, >= 1; all of the server's, if it has fewer.
         steps: number of batches; -1 = one pass over the server's data.
+        images: of each class that the server's data are cut to; 0 = all of them.
     """
 
     batch_size: int
     steps: int
+    images: int = 0
 
 
 class Client(NamedTuple):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fedtail.errors import ConfigError, FedtailError, did_you_mean
+from fedtail.options import InspectOptions, RunOptions, SweepOptions
 
 if TYPE_CHECKING:
     from fedtail.config import Experiment
@@ -30,6 +31,7 @@ usage: fedtail VERB ... (fedtail VERB --help tells more)
   compare RUN...       one table over seeds; refuses runs that differ in more than the method
   plot KIND RUN...     pictures: partition, classes, groups, curves, prior, balance, clients
   report RUN...        one self-contained HTML page
+  teacher RUN          a teacher beside its student: parameters, operations, latency, memory, accuracy
   inspect EXP          who holds what, and what a round costs, before anything is trained
   list WHAT            algorithms, losses, models, datasets, partitions
   check NAME           test an algorithm, FILE.py:Name for your own, by the rules that every method must keep
@@ -155,6 +157,20 @@ def report(runs: Positional[tuple[Path, ...]], output: Path = Path("report.html"
     print(output)
 
 
+def teacher(run: Positional[Path], calls: int = 50, json: bool = False) -> None:
+    """A run's teacher beside its student: parameters, operations, latency, memory, accuracy on the test set.
+
+    Args:
+        run: a run folder, or an experiment's file, whose student is untrained.
+        calls: timed calls of each.
+        json: print JSON.
+    """
+    from fedtail import pupil
+
+    found = pupil.compare(run, calls)
+    print(_json(found) if json else pupil.to_text(found))
+
+
 def show(name: Positional[str]) -> None:
     """Print equations, options and differences from the paper of an algorithm or a loss.
 
@@ -277,48 +293,6 @@ def check(arguments: list[str]) -> None:
     sys.exit(checks.main(name, command.algorithm, command.frozen, command.json))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Train an experiment: a TOML file, a run folder (the same experiment again), or nothing (digits)."""
-
-    file: tyro.conf.Suppress[str] = ""
-    seeds: tuple[int, ...] = ()
-    """Several seeds, one run each; overrides --seed."""
-    output: Path | None = None
-    """The run folder (with --seeds: the folder of the run folders); default: under runs/."""
-    track: tuple[str, ...] = ()
-    """Also hand each round's record to these: tensorboard, mlflow."""
-    experiment: Annotated[Any, tyro.conf.arg(name="")] = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepOptions:
-    """Train every row of a sweep with every seed; what is done is skipped, what was stopped is continued."""
-
-    seeds: tuple[int, ...] = ()
-    """Instead of the file's seeds."""
-    jobs: int | None = None
-    """Runs at a time, instead of the file's number; 0: one per core."""
-    output: Path | None = None
-    """The folder of the run folders, instead of the file's."""
-    match: str = "*"
-    """Only rows whose names match this pattern (and those that they start from)."""
-    dry_run: bool = False
-    """List the runs and how far they are; train nothing."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InspectOptions:
-    """Print who holds what and what a round costs; nothing is trained."""
-
-    file: tyro.conf.Suppress[str] = ""
-    json: bool = False
-    """Print JSON."""
-    picture: Path | None = None
-    """Also draw the partition into this .png or .svg file."""
-    experiment: Annotated[Any, tyro.conf.arg(name="")] = None
-
-
 def parse_experiment(verb: str, options: type, arguments: list[str]) -> Any:
     """Reads `[EXP] --flags` into an options object whose field `experiment` is complete."""
     from fedtail import config
@@ -345,7 +319,7 @@ def typed(verb: str, options: type, name: str, value: Any, arguments: list[str],
 
 
 TYPED: dict[str, Callable[..., None]] = {
-    "resume": resume, "evaluate": evaluate, "compare": compare, "plot": plot, "report": report, "show": show,
+    "resume": resume, "evaluate": evaluate, "compare": compare, "plot": plot, "report": report, "teacher": teacher, "show": show,
     "list": list_, "demo": demo, "data get": data_get, "data add": data_add,
 }  # fmt: skip
 FREE: dict[str, Callable[[list[str]], None]] = {"run": run, "inspect": inspect, "check": check}

@@ -57,8 +57,6 @@ class Data:
     """Images of each class kept out of training for model selection, taken before the long-tail cut."""
     server: int = 0
     """Images of each class given to the server, taken before the long-tail cut; for methods that have server data."""
-    server_used: int = 0
-    """Of `server`, images of each class that the server gets; the others stay unused. 0 = all of them."""
     server_from: str = ""
     """A data set whose training images, without labels, the server gets: `server` for each class; empty: held out."""
     image_size: int = 0
@@ -72,9 +70,6 @@ class Data:
         if min(self.image_size, self.cache_mib, self.decode_threads) < 0:
             raise ConfigError("data.image_size, data.cache_mib and data.decode_threads must be >= 0, got "
                               f"{self.image_size}, {self.cache_mib} and {self.decode_threads}.")  # fmt: skip
-        if not 0 <= self.server_used <= self.server or (self.server_used and self.server_from):
-            raise ConfigError(f"data.server_used must be in [0, data.server = {self.server}], and 0 with data.server_from; "
-                              f"got {self.server_used}.")  # fmt: skip
         if self.validation < 0 or self.server < 0:
             raise ConfigError(f"data.validation and data.server must be >= 0, got {self.validation} and {self.server}.")
 

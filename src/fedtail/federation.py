@@ -48,7 +48,6 @@ def federate(options: Data, seed: int, device: str = "cpu", probe: int = 0) -> F
         keep, out = validation_split(labels[pool], classes, per_class, generator(seed, stream))
         held.append(pool[out])
         pool = pool[keep]
-    held[1] = _first(held[1], labels, options.server_used)
     chosen = pool[options.longtail.cut(labels[pool], classes, generator(seed, Stream.LONGTAIL))]
     users = None if dataset.train.user is None else dataset.train.user[chosen]
     owners = options.partition.split(labels[chosen], classes, generator(seed, Stream.PARTITION), users)
@@ -67,14 +66,6 @@ def federate(options: Data, seed: int, device: str = "cpu", probe: int = 0) -> F
         np.arange(ends[0], ends[1]), server, _sources(dataset, options, len(chosen)),
         probe=np.arange(ends[2], ends[3]), class_names=dataset.class_names,
     )  # fmt: skip
-
-
-def _first(rows: Array, labels: Array, per_class: int) -> Array:
-    """Returns the first so many rows of each class (0: all of them); `rows` is a random choice, in ascending order."""
-    if not per_class:
-        return rows
-    own = labels[rows]
-    return np.sort(np.concatenate([rows[own == c][:per_class] for c in np.unique(own)]))
 
 
 def _with_others(x: Any, y: Array, options: Data, seed: int, classes: int) -> tuple[Any, Array]:

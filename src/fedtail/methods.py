@@ -54,6 +54,11 @@ SECTIONS = (
         head=("head", "head accuracy"), medium=("medium", "medium accuracy"), tail=("tail", "tail accuracy"),
         macro_f1=("macro-F1", "macro-F1"),
     ),
+    _section(
+        "before", "Global model before the server's own steps, global test set",
+        accuracy=("overall", "overall accuracy"), balanced_accuracy=("balanced", "balanced accuracy"),
+        head=("head", "head accuracy"), medium=("medium", "medium accuracy"), tail=("tail", "tail accuracy"),
+    ),
     _section("local", "Global model, local test sets", **_LOCAL),
     _section("tuned", "Tuned models, local test sets", **_LOCAL),
     _section("personal", "Personal models, local test sets", **_LOCAL),
@@ -95,7 +100,11 @@ class Method:
     @cached_property
     def numbers(self) -> tuple[dict[str, Any], ...]:
         """Each run's numbers by section: the last evaluated round's record, and "course"."""
-        return tuple({**run.last, "course": course(run)} for run in self.runs)
+        before = [run.last.get("readings", {}).get("before", {}).get("test", {}) for run in self.runs]
+        return tuple(
+            {**run.last, **({"before": known} if known else {}), "course": course(run)}
+            for run, known in zip(self.runs, before, strict=True)
+        )
 
     def values(self, key: str) -> dict[int, float | None]:
         """Returns a column's number by seed, from the last evaluated round; None where there is none."""

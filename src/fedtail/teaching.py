@@ -93,7 +93,7 @@ class Teaching:
     def raw(self, x: Tensor) -> dict[str, Tensor]:
         """Returns what the teacher says of raw inputs [n, ...], before the head."""
         size = getattr(self.teacher, "batch_size", 64)
-        with torch.inference_mode():
+        with torch.no_grad():
             parts = [self.loaded.encode(self.loaded.preprocessing(part.cpu())) for part in x.split(size)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

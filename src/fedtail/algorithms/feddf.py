@@ -56,6 +56,8 @@ class FedDF(Algorithm):
     """T, > 0; 1 is the paper's."""
     server_steps: int = -1
     """Steps of the server in a round; -1 = one pass over its images; 0 = none, which is FedAvg."""
+    server_images: int = 0
+    """Of the server's images, how many of each class it uses, >= 0; 0 = all."""
     server_batch: int = 128
     """Images in a step of the server, >= 1; the authors' code."""
     server_optimizer: Optimizer = Adam(lr=0.001, clip=5.0)
@@ -64,9 +66,9 @@ class FedDF(Algorithm):
     """Whether its learning rate falls along a half cosine within the round; the authors' code."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0 or self.server_steps < -1 or self.server_batch < 1:
-            raise ConfigError("FedDF needs temperature > 0, server_steps >= -1 and server_batch >= 1; got "
-                              f"{self.temperature}, {self.server_steps} and {self.server_batch}.")  # fmt: skip
+        if not self.temperature > 0 or self.server_steps < -1 or min(self.server_batch - 1, self.server_images) < 0:
+            raise ConfigError("FedDF needs temperature > 0, server_steps >= -1, server_batch >= 1 and server_images >= 0; got "
+                              f"{self.temperature}, {self.server_steps}, {self.server_batch} and {self.server_images}.")  # fmt: skip
 
     @property
     def needs_server_labels(self) -> bool:
@@ -76,7 +78,7 @@ class FedDF(Algorithm):
     @property
     def server_work(self) -> ServerWork:
         """As the options say."""
-        return ServerWork(self.server_batch, self.server_steps)
+        return ServerWork(self.server_batch, self.server_steps, self.server_images)
 
     def phases(self, index: int, rounds: int) -> Sequence[Phase]:
         """One training phase, whose updates the server gets one by one."""

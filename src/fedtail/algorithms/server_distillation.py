@@ -63,6 +63,8 @@ class ServerDistillation(Algorithm):
     """T, > 0; 2 for a linear probe, 1 for zero-shot CLIP. Ours."""
     server_steps: int = -1
     """Steps of the server in a round; -1 = one pass over its images; 0 = none, which is FedAvg."""
+    server_images: int = 0
+    """Of the server's images, how many of each class it uses, >= 0; 0 = all."""
     server_batch: int = 128
     """Images in a step of the server, >= 1; FedDF's code."""
     server_optimizer: Optimizer = Adam(lr=0.001)
@@ -76,9 +78,9 @@ class ServerDistillation(Algorithm):
         if min(self.lam_kd, self.lam_feat, self.lam_ce) < 0 or not self.temperature > 0:
             raise ConfigError("ServerDistillation needs lam_kd, lam_feat and lam_ce >= 0 and temperature > 0; got "
                               f"{self.lam_kd}, {self.lam_feat}, {self.lam_ce} and {self.temperature}.")  # fmt: skip
-        if self.server_steps < -1 or self.server_batch < 1:
-            raise ConfigError("ServerDistillation needs server_steps >= -1 and server_batch >= 1; got "
-                              f"{self.server_steps} and {self.server_batch}.")  # fmt: skip
+        if self.server_steps < -1 or min(self.server_batch - 1, self.server_images) < 0:
+            raise ConfigError("ServerDistillation needs server_steps >= -1, server_batch >= 1 and server_images >= 0; got "
+                              f"{self.server_steps}, {self.server_batch} and {self.server_images}.")  # fmt: skip
 
     @property
     def server_columns(self) -> Sequence[str]:
@@ -93,7 +95,8 @@ class ServerDistillation(Algorithm):
     @property
     def server_work(self) -> ServerWork:
         """As the options say; nothing to minimise is nothing to do."""
-        return ServerWork(self.server_batch, self.server_steps if self.lam_kd or self.lam_feat or self.lam_ce else 0)
+        steps = self.server_steps if self.lam_kd or self.lam_feat or self.lam_ce else 0
+        return ServerWork(self.server_batch, steps, self.server_images)
 
     def phases(self, index: int, rounds: int) -> Sequence[Phase]:
         """One training phase, or none."""

@@ -93,6 +93,14 @@ class FederatedData:
         """Returns the class counts of every client's local test set, int64 [clients, classes]."""
         return self._counts[1].copy()
 
+    def server_rows(self, per_class: int) -> Array:
+        """Returns the server's training indices, or so many of each class (0: all; of unlabelled ones as many in all)."""
+        if not per_class:
+            return self.server
+        y = self._labels[0][self.server]
+        many = {int(c): per_class if c >= 0 else per_class * self.num_classes for c in np.unique(y)}
+        return np.sort(np.concatenate([self.server[y == c][:n] for c, n in many.items()]))
+
     @cached_property
     def _counts(self) -> tuple[Array, Array]:
         parts = (Members.of(self.owners), Members.of(self.local_tests))

