@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedtail
-from fedtail import config
+from fedtail import config, teachers
 from fedtail.algorithm import Algorithm
 from fedtail.algorithms.apfl import APFL
 from fedtail.algorithms.ccvr import CCVR
+from fedtail.algorithms.client_distillation import ClientDistillation
 from fedtail.algorithms.climb import CLIMB
 from fedtail.algorithms.creff import CReFF
 from fedtail.algorithms.crt import CRT
@@ -22,6 +23,7 @@ from fedtail.algorithms.ditto import Ditto
 from fedtail.algorithms.eqlv2 import EQLv2
 from fedtail.algorithms.fedbabu import FedBABU
 from fedtail.algorithms.fedbn import FedBN
+from fedtail.algorithms.feddf import FedDF
 from fedtail.algorithms.feddyn import FedDyn
 from fedtail.algorithms.fedetf import FedETF
 from fedtail.algorithms.fedloge import FedLoGe
@@ -35,6 +37,7 @@ from fedtail.algorithms.fedrod import FedROD
 from fedtail.algorithms.lg_fedavg import LGFedAvg
 from fedtail.algorithms.pfedme import PFedMe
 from fedtail.algorithms.posthoc import PostHoc
+from fedtail.algorithms.server_distillation import ServerDistillation
 from fedtail.config import REGISTRIES, Data, Evaluation, Experiment, Participation, from_dict, to_dict
 from fedtail.data import longtail, partition
 from fedtail.errors import ConfigError
@@ -93,6 +96,27 @@ CHOICES = [
     APFL(mix=0.25, adaptive="batch"),
     FedROD(loss=Focal(gamma=1.0)),
     FedProto(lam=0.1, prediction="classifier"),
+    ServerDistillation(
+        lam_kd=0.5,
+        lam_feat=0.2,
+        lam_ce=0.1,
+        temperature=4.0,
+        server_steps=7,
+        server_images=3,
+        server_batch=9,
+        server_optimizer=SGD(lr=0.2),
+        server_cosine=False,
+        clients=False,
+    ),
+    ClientDistillation(lam=0.3, temperature=1.5),
+    FedDF(
+        temperature=2.0,
+        server_steps=3,
+        server_images=2,
+        server_batch=9,
+        server_optimizer=Adam(lr=0.01),
+        server_cosine=False,
+    ),
     CReFF(features_per_class=9, match_lr=0.2, match_steps=8, retrain_lr=0.02, retrain_steps=6),
     fedtail.FedAvg(loss=Focal(gamma=1.0)),
     fedtail.FedAvg(loss=ClassWeighted(by="effective", beta=0.99)),
@@ -115,6 +139,15 @@ CHOICES = [
     partition.QuantitySkew(clients=8, alpha=0.7, min_size=2),
     partition.RotatedTails(clients=20, factor=5.0),
     partition.Natural(min_size=4),
+    teachers.NoTeacher(),
+    teachers.EfficientNetLite0(head="federated_probe", probe_rounds=3, pixels=128),
+    teachers.EfficientNetLite2(probe=9, probe_decay=0.1, batch_size=7),
+    teachers.Timm(model="resnet18", weights="a.safetensors", sha256="ab", mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0)),
+    teachers.DINOv2(weights="b.pth"),
+    teachers.OpenCLIP(prompts=("{class}",), class_names=("cat", "dog")),
+    teachers.CLIP(head="linear_probe", model="RN50-quickgelu"),
+    teachers.UserTeacher(target="nets/mine.py:Net", version="2", head="linear_probe"),
+    teachers.Trained(model=specs.LeNet(), on="pooled", epochs=3, lr=0.1),
     specs.MLP(hidden=(), dropout=0.25),
     specs.MLP(hidden=(64, 32)),
     specs.LeNet(),
@@ -139,6 +172,7 @@ PLACES = {
     config.GroupRule: ("evaluation", "groups"),
     config.Schedule: ("schedule",),
     Algorithm: ("algorithm",),
+    teachers.Teacher: ("teacher",),
 }
 
 

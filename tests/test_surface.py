@@ -42,9 +42,9 @@ LAYERS = [
     {"config"},
     {"federation", "runs"},
     {"experiment", "teaching"},
-    {"catalogue", "course", "pupil", "methods", "report", "drawing", "overview", "plots", "html", "inspection", "terminal", "demo",
-     "tracking", "sweep", "tables", "workers", "checks", "checks.agree", "checks.copes", "checks.problems", "checks.pure",
-     "checks.returns", "checks.rule", "checks.source"},
+    {"catalogue", "course", "methods", "report", "drawing", "overview", "plots", "html", "inspection", "terminal", "demo",
+     "tracking", "sweep", "tables", "workers", "pupil", "checks", "checks.agree", "checks.copes", "checks.problems",
+     "checks.pure", "checks.returns", "checks.rule", "checks.source"},
     {"cli", "options", "__main__"},
 ]  # fmt: skip
 LAYER = {f"fedtail.{name}": i for i, layer in enumerate(LAYERS) for name in layer}

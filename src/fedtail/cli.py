@@ -319,8 +319,8 @@ def typed(verb: str, options: type, name: str, value: Any, arguments: list[str],
 
 
 TYPED: dict[str, Callable[..., None]] = {
-    "resume": resume, "evaluate": evaluate, "compare": compare, "plot": plot, "report": report, "teacher": teacher, "show": show,
-    "list": list_, "demo": demo, "data get": data_get, "data add": data_add,
+    "resume": resume, "evaluate": evaluate, "compare": compare, "plot": plot, "report": report, "teacher": teacher,
+    "show": show, "list": list_, "demo": demo, "data get": data_get, "data add": data_add,
 }  # fmt: skip
 FREE: dict[str, Callable[[list[str]], None]] = {"run": run, "inspect": inspect, "check": check}
 

@@ -9,7 +9,6 @@ P [d, d_s]: a projector.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +91,6 @@ def server_descent(
 
 def weighted_mean(updates: Sequence[Tree], weights: Tensor) -> Tree:
     """Returns sum(w_i u_i) / sum(w_i) of collected updates, as the engine computes it; integers are rounded."""
-
     each = [float(w) for w in weights]
 
     def one(*leaves: Tensor) -> Tensor:

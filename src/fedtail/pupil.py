@@ -55,7 +55,8 @@ def compare(path: str | Path, calls: int = CALLS) -> dict[str, Any]:
         image = federation.data.test["x"].index_select(0, torch.zeros(1, dtype=torch.int64)).cpu()
         student = federation.module().cpu()
         found = {
-            "teacher": {"name": name_of(experiment.teacher), **_costs(_Asked(teach), image, calls), **_judged(teach, federation)},
+            "teacher": {"name": name_of(experiment.teacher), **_costs(_Asked(teach), image, calls),
+                        **_judged(teach, federation)},
             "student": {"name": name_of(experiment.model), **_costs(student, image, calls), **_kept(scores["test"]),
                         "rounds": federation.round},
             "test_set": scores["test"]["test_set"], "groups": scores["test"]["groups"], "calls": calls,
@@ -66,7 +67,10 @@ def compare(path: str | Path, calls: int = CALLS) -> dict[str, Any]:
 
 def _costs(module: nn.Module, image: Tensor, calls: int) -> dict[str, Any]:
     with torch.no_grad():
-        return {"sizes": costs.sizes(module, image), "latency_ms": {"torch": costs.latency(lambda: module(image), calls)}}
+        return {
+            "sizes": costs.sizes(module, image),
+            "latency_ms": {"torch": costs.latency(lambda: module(image), calls)},
+        }
 
 
 def _judged(teach: Teaching, federation: Federation) -> dict[str, Any]:
@@ -105,10 +109,11 @@ def to_text(found: dict[str, Any]) -> str:
     for key in ("accuracy", "balanced_accuracy", "head", "medium", "tail"):
         a, b = teacher[key], student[key]
         lines.append(f"{key.replace('_', ' ') + ', percent':38}{_percent(a):>18}{_percent(b):>18}")
+    where = found["machine"]["processor"] or found["machine"]["platform"]
     lines += [f"entropy of the teacher's probabilities {teacher['entropy_nats']:.2f} nats; {found['test_set']}; shot groups: "
               f"{found['groups']}",
-              f"one image, one thread, {found['calls']} calls on {found['machine']['processor'] or found['machine']['platform']}; "
-              f"the student after {student['rounds']} rounds"]  # fmt: skip
+              f"one image, one thread, {found['calls']} calls on {where}; student after {student['rounds']} rounds",
+    ]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -118,4 +123,3 @@ def _ratio(a: float, b: float) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-

@@ -55,14 +55,12 @@ def furnish(experiment: Experiment) -> FederatedData:
     if local and data.augmentation != "none":
         raise ConfigError(f"algorithm {name} has the teacher's outputs of un-augmented images, but its clients' images are "
                           f"augmented ({data.augmentation}). Set data.augmentation = \"none\".")  # fmt: skip
-    rows = [
-        *([data.server] if server and len(data.server) else []),
-        *([np.concatenate(list(data.owners))] if local else []),
-    ]
-    if not rows:  # without server data the algorithm is refused later
+    work = algorithm.server_work
+    held = data.server_rows(work.images if work else 0) if server and len(data.server) else data.server[:0]
+    rows = np.unique(np.concatenate([held, *(data.owners if local else [])]))
+    if not len(rows):  # without server data the algorithm is refused later
         return data
-    teach = Teaching(experiment, data)
-    columns = teach.columns(np.unique(np.concatenate(rows)))
+    columns = Teaching(experiment, data).columns(rows)
     if missing := (local | server) - columns.keys():
         raise ConfigError(f"algorithm {name} wants the teacher's features, but this teacher gives class scores alone "
                           f"({', '.join(sorted(missing))}). Set lam_feat = 0, or use another teacher.")  # fmt: skip

@@ -216,12 +216,13 @@ def test_feddf_equals_a_plain_torch_loop_with_the_clients_models_as_teachers():
 
 def test_a_clients_distillation_equals_a_plain_torch_loop():
     algorithm = ClientDistillation(optimizer=SGD(lr=0.1, momentum=0.5), lam=0.7, temperature=3.0)
-    with contextlib.closing(federation(algorithm, "alone", model=PROBLEMS["batchnorm"].model)) as running:
-        chosen = federated((11,), True, COLUMNS)
-        running.close()
-        running = Federation(running.experiment, dataclasses.replace(chosen, augmentation="none"))
+    whole = dataclasses.replace(
+        contract_problem.problems.experiment(algorithm, "alone"), model=PROBLEMS["batchnorm"].model
+    )
+    data = dataclasses.replace(federated((11,), True, COLUMNS), augmentation="none")
+    with contextlib.closing(Federation(whole, data)) as running:
         start, [plan] = network(running.server), running.engine.setting.plans(running.context().round, 0, [0]).values()
-        data, batches = running.data, []
+        batches = []
         for rows in np.split(plan.order, np.cumsum(plan.lengths)[:-1]):
             index = torch.from_numpy(rows)
             x = data.prepare(data.columns["x"][index], torch.float64)
@@ -230,7 +231,6 @@ def test_a_clients_distillation_equals_a_plain_torch_loop():
         net = oracle.client(start, batches, lam=0.7, temperature=3.0, lr=0.1, momentum=0.5)
         assert_close(running.server, net)
         assert record["train"]["loss"] == pytest.approx(record["train"]["ce"] + record["train"]["kd"])
-        running.close()
 
 
 # ---- what travels, what is judged

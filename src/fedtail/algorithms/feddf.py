@@ -67,8 +67,9 @@ class FedDF(Algorithm):
 
     def __post_init__(self) -> None:
         if not self.temperature > 0 or self.server_steps < -1 or min(self.server_batch - 1, self.server_images) < 0:
-            raise ConfigError("FedDF needs temperature > 0, server_steps >= -1, server_batch >= 1 and server_images >= 0; got "
-                              f"{self.temperature}, {self.server_steps}, {self.server_batch} and {self.server_images}.")  # fmt: skip
+            got = f"{self.temperature}, {self.server_steps}, {self.server_batch} and {self.server_images}"
+            raise ConfigError("FedDF needs temperature > 0, server_steps >= -1, server_batch >= 1 and server_images >= 0, "
+                              f"got {got}.")  # fmt: skip
 
     @property
     def needs_server_labels(self) -> bool:
