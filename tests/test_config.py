@@ -146,7 +146,7 @@ CHOICES = [
     teachers.DINOv2(weights="b.pth"),
     teachers.OpenCLIP(prompts=("{class}",), class_names=("cat", "dog")),
     teachers.CLIP(head="linear_probe", model="RN50-quickgelu"),
-    teachers.UserTeacher(target="nets/mine.py:Net", version="2", head="linear_probe"),
+    teachers.UserTeacher(target="nets/mine.py:Net", version="2", head="linear_probe", mean=(0.1,), std=(0.2,)),
     teachers.Trained(model=specs.LeNet(), on="pooled", epochs=3, lr=0.1),
     specs.MLP(hidden=(), dropout=0.25),
     specs.MLP(hidden=(64, 32)),
@@ -272,6 +272,8 @@ def others(hint, value):
         return [value + "2"]
     if isinstance(value, dict):
         return [{**value, "another": 1}]
+    if typing.get_args(hint)[0] is str:
+        return [(*value, "a {class}")]
     return [(*value, 77), (*value, 0.5), value[1:]]  # a tuple
 
 
@@ -318,6 +320,8 @@ def test_the_fingerprint_changes_with_every_field(experiment):
         "algorithm.optimizer.nesterov",
         "data.partition.min_size",
         "autocast",
+        "teacher.mean",  # one without the other
+        "teacher.std",
     }
     assert set(leaves(experiment)) - set(changed) <= alone
     for other in changed.values():

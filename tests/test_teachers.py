@@ -63,6 +63,10 @@ class Alone(Net):
     def forward(self, x):
         return super().forward(x)[:, :10]
 
+class Pixels(Net):
+    def forward(self, x):
+        return x.flatten(1)
+
 class Broken(Net):
     def forward(self, x):
         return super().forward(x)[:, :3]
@@ -370,13 +374,13 @@ def test_a_trained_network_is_trained_once_and_teaches(here, on, monkeypatch):
 
 
 def test_a_federated_probe_learns_from_the_clients_labels(here):
-    teacher = user(head="federated_probe", probe_rounds=15)
+    teacher = user("Pixels", head="federated_probe", probe_rounds=15)
     assert teacher.probe_images == 0
     whole = experiment(teacher, local=LocalWork(epochs=2))
     data = federate(whole.data, whole.seed)
     teach = teaching.Teaching(whole, data)
     t = teach.scores(teach.ask(data.columns["x"], data.server))
-    assert float((t.argmax(1) == data.columns["y"][data.server]).double().mean()) > 0.5
+    assert float((t.argmax(1) == data.columns["y"][data.server]).double().mean()) > 0.7
 
 
 class _Encoder(nn.Module):
