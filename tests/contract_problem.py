@@ -323,6 +323,7 @@ def _cases() -> dict[str, Algorithm]:
             found[name] = cls(optimizer=PLAIN, lr_dual=30.0, eps=0.1, period=2)
         else:
             found[name] = cls(optimizer=PLAIN)
+    found["fedmd"] = config.resolve(Algorithm, "fedmd")(optimizer=PLAIN, public_batches=2, public_batch=3)
     avg = config.resolve(Algorithm, "fedavg")
     # eps 1e-4: where a gradient is nearly 0, Adam scales its rounding up
     found["fedavg-adam"] = avg(optimizer=Adam(lr=0.01, eps=1e-4, weight_decay=0.01, clip=1.0), server_lr=0.7)

@@ -27,6 +27,7 @@ from fedtail.algorithms.feddf import FedDF
 from fedtail.algorithms.feddyn import FedDyn
 from fedtail.algorithms.fedetf import FedETF
 from fedtail.algorithms.fedloge import FedLoGe
+from fedtail.algorithms.fedmd import FedMD
 from fedtail.algorithms.fednova import FedNova
 from fedtail.algorithms.fedopt import FedOpt
 from fedtail.algorithms.fedper import FedPer
@@ -108,6 +109,7 @@ CHOICES = [
         server_cosine=False,
         clients=False,
     ),
+    FedMD(public_batches=3, public_batch=8),
     ClientDistillation(lam=0.3, temperature=1.5),
     FedDF(
         temperature=2.0,

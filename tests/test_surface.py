@@ -30,7 +30,7 @@ LAYERS = [
      "algorithms.crt", "algorithms.ccvr", "algorithms.creff", "algorithms.posthoc", "algorithms.fedloge",
      "algorithms.fedper", "algorithms.fedrep", "algorithms.lg_fedavg", "algorithms.fedbn", "algorithms.fedbabu",
      "algorithms.fedetf",
-     "algorithms.server_distillation", "algorithms.client_distillation", "algorithms.feddf",
+     "algorithms.server_distillation", "algorithms.client_distillation", "algorithms.feddf", "algorithms.fedmd",
      "algorithms.ditto", "algorithms.pfedme", "algorithms.apfl", "algorithms.fedrod", "algorithms.fedproto"},
     {"data", "data.augment", "data.base", "data.catalog", "data.dataset", "data.dirichlet", "data.entries",
      "data.federated", "data.fetch", "data.formats", "data.hub", "data.images", "data.lazy", "data.legacy",

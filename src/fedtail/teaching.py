@@ -64,7 +64,8 @@ def furnish(experiment: Experiment) -> FederatedData:
     if missing := (local | server) - columns.keys():
         raise ConfigError(f"algorithm {name} wants the teacher's features, but this teacher gives class scores alone "
                           f"({', '.join(sorted(missing))}). Set lam_feat = 0, or use another teacher.")  # fmt: skip
-    return dataclasses.replace(data, columns={**data.columns, **columns})
+    sources = (*data.sources, f"teacher: {experiment.teacher!r}")
+    return dataclasses.replace(data, columns={**data.columns, **columns}, sources=sources)
 
 
 class Teaching:

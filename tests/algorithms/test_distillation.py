@@ -10,10 +10,11 @@ import torch
 from contract_problem import CLASSES, PROBLEMS, distance, federated
 from oracles import distillation_oracle as oracle
 
-from fedtail import SGD, Adam, EngineOptions, Experiment, FedAvg, trees
+from fedtail import SGD, Adam, EngineOptions, Experiment, FedAvg, Participation, trees
 from fedtail.algorithm import Batch
 from fedtail.algorithms.client_distillation import ClientDistillation
 from fedtail.algorithms.feddf import FedDF
+from fedtail.algorithms.fedmd import FedMD
 from fedtail.algorithms.server_distillation import ServerDistillation
 from fedtail.config import Data
 from fedtail.data.plan import make_plan
@@ -233,6 +234,49 @@ def test_a_clients_distillation_equals_a_plain_torch_loop():
         assert record["train"]["loss"] == pytest.approx(record["train"]["ce"] + record["train"]["kd"])
 
 
+def test_fedmd_is_a_plain_torch_loop_of_two_rounds():
+    algorithm = FedMD(optimizer=SGD(lr=0.1, momentum=0.5), public_batches=2, public_batch=3)
+    chosen = federated((9, 7), True, COLUMNS)
+    data = dataclasses.replace(chosen, augmentation="none")
+    whole = dataclasses.replace(
+        contract_problem.problems.experiment(algorithm, "alone"), model=PROBLEMS["batchnorm"].model
+    )
+    with contextlib.closing(Federation(dataclasses.replace(whole, participation=Participation()), data)) as running:
+        nets = [network(running.task.initial) for _ in range(2)]
+        for index in range(2):
+            public = running.server.images
+            with torch.no_grad():
+                consensus = sum(net.eval()(public) for net in nets) / 2
+            plans = running.engine.setting.plans(
+                running.context().round, 0, [0, 1]
+            )  # training is the only one that counts
+            record = running.step()
+            if index:
+                torch.testing.assert_close(running.server.consensus, consensus, rtol=0, atol=1e-9)
+                assert record["ask"]["clients"] == 2
+                nets = [oracle.towards(net, public, consensus, 3, lr=0.1, momentum=0.5) for net in nets]
+            for k, plan in plans.items():
+                batches = []
+                for rows in np.split(plan.order, np.cumsum(plan.lengths)[:-1]):
+                    rows = torch.from_numpy(rows)
+                    x = data.prepare(data.columns["x"][rows], torch.float64)
+                    batches.append((x, data.columns["y"][rows], torch.zeros(len(rows), CLASSES, dtype=torch.float64)))
+                nets[k] = oracle.client(nets[k], batches, lam=0.0, temperature=1.0, lr=0.1, momentum=0.5)
+                assert_close(running.states[k], nets[k])
+            running.advance(record)
+
+
+def test_fedmd_of_one_client_trains_at_home_alone():
+    """It agrees with itself: the consensus moves nothing, and FedAvg of one client is the same training."""
+    work = {"participation": Participation(), "schedule": contract_problem.problems.CONSTANT}
+    with contextlib.closing(federation(FedMD(optimizer=PLAIN), "alone", **work)) as running:
+        for _ in range(3):
+            running.advance(running.step())
+        own = running.states[0]
+    expected, _ = after(FedAvg(optimizer=PLAIN), rounds=3, problem="alone", **work)
+    assert distance(own, expected) < 1e-12
+
+
 # ---- what travels, what is judged
 
 
@@ -306,6 +350,7 @@ def test_a_server_batch_larger_than_the_data_is_all_of_them():
         (lambda: ClientDistillation(lam=-0.1), "lam >= 0"),
         (lambda: ClientDistillation(temperature=-1.0), "temperature"),
         (lambda: FedDF(temperature=0.0), "FedDF"),
+        (lambda: FedMD(public_batch=0), "FedMD"),
         (lambda: FedDF(server_batch=0), "server_batch >= 1"),
     ],
 )

@@ -205,8 +205,10 @@ def test_every_trainable_tensor_and_every_statistic_moves(case, name):
     done = outcome(case, name)
     frozen = "head." if case == "fedgrab-release" else None
     before = done.initial
-    # FedProto's server has no model; its client 0 trains in every round
-    models = [s[0] for s in done.states] if case == "fedproto" else [model_of(server) for server in done.servers]
+    # these servers have no model; their client 0 trains in every round
+    models = (
+        [s[0] for s in done.states] if case in ("fedproto", "fedmd") else [model_of(server) for server in done.servers]
+    )
     for index, now in enumerate(models):
         head_alone = case in ("crt", "ccvr") and index == ROUNDS - 1  # what they do after training
         for key, value in now.params.items():

@@ -73,3 +73,14 @@ def client(net, batches, *, lam, temperature, lr, momentum):
         (nn.functional.cross_entropy(z, y) + lam * divergence(z, t, temperature)).backward()
         solver.step()
     return net
+
+
+def towards(net, images, consensus, size, *, lr, momentum):
+    """Steps of SGD in evaluation mode on the mean squared difference of scores and consensus, batch by batch."""
+    net = copy.deepcopy(net).eval()
+    solver = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum)
+    for first in range(0, len(images), size):
+        solver.zero_grad()
+        ((net(images[first : first + size]) - consensus[first : first + size]) ** 2).mean().backward()
+        solver.step()
+    return net

@@ -30,5 +30,6 @@ ALGORITHMS: dict[str, str] = {
     "server_distillation": "fedtail.algorithms.server_distillation:ServerDistillation",
     "client_distillation": "fedtail.algorithms.client_distillation:ClientDistillation",
     "feddf": "fedtail.algorithms.feddf:FedDF",
+    "fedmd": "fedtail.algorithms.fedmd:FedMD",
 }
 """From the name used in configurations to module:Class."""

@@ -7,6 +7,7 @@ once spoil nothing.
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from fedtail.data.lazy import Column
 from fedtail.files import cache_folder, write_atomic
 
+log = logging.getLogger("fedtail")
 VERSION = 1  # of the form of the files
 CHUNK = 512  # images that are handled at once
 
@@ -60,6 +62,7 @@ def outputs(place: Path, x: Column, rows: Tensor, compute: Callable[[Tensor], Ou
     known = _read(place, set(wanted))
     todo = {digest: i for i, digest in enumerate(wanted) if digest not in known}
     if todo:
+        log.info("the teacher is asked about %d images; what it says is kept in %s", len(todo), place)
         index = rows[torch.tensor(list(todo.values()), device=rows.device)]
         parts = [compute(x.index_select(0, part)) for part in index.split(CHUNK)]
         fresh = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
