@@ -27,6 +27,7 @@ from fedtail.teachers import (
     CLIP,
     DINOv2,
     EfficientNetLite0,
+    EfficientNetLite2,
     OpenCLIP,
     Timm,
     Trained,
@@ -520,3 +521,16 @@ def test_participation_and_engines_do_not_touch_the_teacher(here):
     assert torch.equal(first.data.columns["teacher"].values, second.data.columns["teacher"].values)
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize(("teacher", "parameters"), [(EfficientNetLite0, 3_371_008), (EfficientNetLite2, 4_811_072)])
+def test_the_packaged_encoders_load_where_they_are_installed(teacher, parameters):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    loaded = loading.load(teacher(pixels=64))
+    x = torch.arange(2 * 28 * 28).view(2, 1, 28, 28).to(torch.uint8)
+    with torch.no_grad():
+        features = loaded.encode(loaded.preprocessing(x))["features"]
+    assert features.shape == (2, 1280)
+    assert bool(torch.isfinite(features).all())
+    assert sum(p.numel() for p in loaded.module.parameters()) == parameters
+    assert not loaded.module.training

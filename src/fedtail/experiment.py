@@ -189,7 +189,7 @@ class Federation:
         if (own := algorithm.server_work) is not None:
             rows = self.data.server_rows(own.images)
             work = whole_batches(own, len(rows))
-            draws = self.task.draws(work.batch_size)
+            draws = setting.task.draws(work.batch_size)
         if type(algorithm).server_step is Algorithm.server_step:  # it has none: the data need not be gathered
             return {}
         plan = make_plan(experiment.seed, self.round, 0, self.data.clients, rows, work, draws)
