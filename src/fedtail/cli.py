@@ -33,7 +33,7 @@ usage: fedtail VERB ... (fedtail VERB --help tells more)
   report RUN...        one self-contained HTML page
   teacher RUN          a teacher beside its student: parameters, operations, latency, memory, accuracy
   inspect EXP          who holds what, and what a round costs, before anything is trained
-  list WHAT            algorithms, losses, models, datasets, partitions
+  list WHAT            algorithms, losses, models, teachers, datasets, partitions
   check NAME           test an algorithm, FILE.py:Name for your own, by the rules that every method must keep
   show NAME            equations, options and differences from the paper of an algorithm or a loss
   data get NAME        obtain a data set;  data add NAME PATH: import files that you have
@@ -182,7 +182,9 @@ def show(name: Positional[str]) -> None:
     print(catalogue.show(name))
 
 
-def list_(what: Positional[Literal["algorithms", "losses", "models", "datasets", "partitions"]] = "algorithms") -> None:
+def list_(
+    what: Positional[Literal["algorithms", "losses", "models", "teachers", "datasets", "partitions"]] = "algorithms",
+) -> None:
     """Print the known names.
 
     Args:
