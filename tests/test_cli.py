@@ -22,6 +22,7 @@ from fedtail.data.partition import PARTITIONS
 from fedtail.errors import DataError
 from fedtail.losses import LOSSES, Loss
 from fedtail.models.specs import MODELS
+from fedtail.teachers import TEACHERS
 
 QUICK = ("--local.epochs", "1", "--engine.name", "loop")
 USER = '''"""Mine: FedAvg that counts its rounds.
@@ -271,6 +272,7 @@ def test_inspect_tells_the_double_traffic_of_scaffold(say):
         ("algorithms", ALGORITHMS),
         ("losses", LOSSES),
         ("models", MODELS),
+        ("teachers", TEACHERS),
         ("datasets", catalog.REGISTRY),
         ("partitions", PARTITIONS),
     ],

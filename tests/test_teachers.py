@@ -281,6 +281,25 @@ def test_a_damaged_cache_is_made_again(here):
     assert asked(here) == 160
 
 
+def test_what_was_computed_before_an_interruption_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "CHUNK", 4)
+    x, seen = torch.arange(20, dtype=torch.uint8).view(10, 1, 1, 2), []
+
+    def compute(images):
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        seen.extend(images[:, 0, 0, 0].tolist())
+        return {"logits": images.flatten(1).float()}
+
+    with pytest.raises(KeyboardInterrupt):
+        store.outputs(tmp_path / "teacher", x, torch.arange(10), compute)
+    assert seen == [0, 2, 4, 6, 8, 10, 12, 14]
+    seen.clear()
+    found = store.outputs(tmp_path / "teacher", x, torch.arange(10), compute)
+    assert seen == [16, 18]
+    assert found["logits"].tolist() == x.flatten(1).tolist()
+
+
 def test_kept_outputs_come_back_in_the_order_of_the_question(tmp_path):
     x = torch.arange(20, dtype=torch.uint8).view(10, 1, 1, 2)
     place = tmp_path / "teacher"

@@ -64,10 +64,12 @@ def outputs(place: Path, x: Column, rows: Tensor, compute: Callable[[Tensor], Ou
     if todo:
         log.info("the teacher is asked about %d images; what it says is kept in %s", len(todo), place)
         index = rows[torch.tensor(list(todo.values()), device=rows.device)]
-        parts = [compute(x.index_select(0, part)) for part in index.split(CHUNK)]
-        fresh = {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
-        _write(place, list(todo), fresh)
-        known.update({digest: {k: v[i] for k, v in fresh.items()} for i, digest in enumerate(todo)})
+        new = list(todo)
+        for first, part in zip(range(0, len(new), CHUNK), index.split(CHUNK), strict=True):
+            fresh = {name: value.float().cpu() for name, value in compute(x.index_select(0, part)).items()}
+            some = new[first : first + CHUNK]
+            _write(place, some, fresh)  # as it goes: who is stopped keeps what was computed
+            known.update({digest: {k: v[i] for k, v in fresh.items()} for i, digest in enumerate(some)})
     if not wanted:
         return {}
     return {name: torch.stack([known[digest][name] for digest in wanted]) for name in known[wanted[0]]}
