@@ -14,7 +14,7 @@ from fedtail.data.longtail import NoTail
 from fedtail.data.plan import LocalWork
 from fedtail.errors import ConfigError
 from fedtail.models.specs import MLP
-from fedtail.teachers import Trained
+from fedtail.teachers import Trained, UserTeacher
 
 
 @pytest.fixture
@@ -63,6 +63,18 @@ def test_teacher_and_student_of_a_run(run):
     assert f"{teacher['parameters']:,}" in text
     assert "student after 2 rounds" in text
     assert json.loads(json.dumps(found)) == found
+
+
+def test_fitting_a_teachers_head_is_none_of_its_costs(tmp_path, monkeypatch):
+    """Pixels as features: what one image costs is the head alone, 64 x 10."""
+    monkeypatch.setenv("FEDTAIL_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text("def pixels(x):\n    return x.flatten(1)\n")
+    teacher = UserTeacher(target="net.py:pixels", head="linear_probe", probe=5)
+    (tmp_path / "exp.toml").write_text(config.dumps(Experiment(teacher=teacher)))
+    found = pupil.compare(tmp_path / "exp.toml", calls=1)["teacher"]
+    assert found["sizes"]["multiply_adds_per_image"] == 64 * 10
+    assert found["accuracy"] > 0.5
 
 
 def test_the_command_takes_a_run_or_an_experiment(run, capsys, tmp_path):

@@ -67,6 +67,7 @@ def compare(path: str | Path, calls: int = CALLS) -> dict[str, Any]:
 
 def _costs(module: nn.Module, image: Tensor, calls: int) -> dict[str, Any]:
     with torch.no_grad():
+        module(image)  # what is made at the first use (a teacher's head) does not count
         return {
             "sizes": costs.sizes(module, image),
             "latency_ms": {"torch": costs.latency(lambda: module(image), calls)},
