@@ -51,7 +51,8 @@ def inspect(experiment: Experiment) -> dict[str, Any]:
         "class_totals": counts.sum(0).tolist(),
         "counts": counts.tolist(),
         "test_counts": data.test_counts().tolist(),
-        "unused_examples": len(data.columns["y"]) - len(data.validation) - len(data.server) - int(counts.sum()),
+        "unused_examples": len(data.columns["y"]) - len(data.validation) - len(data.server) - int(counts.sum())
+        - int(Members.of(data.held).sizes.sum()),
         "statistics": describe(counts),
         "tail_holders": holders(counts, groups.tail),
         "shot_groups": {"rule": experiment.evaluation.groups.describe(),

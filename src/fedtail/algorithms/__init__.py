@@ -27,5 +27,6 @@ ALGORITHMS: dict[str, str] = {
     "fedrod": "fedtail.algorithms.fedrod:FedROD",
     "fedproto": "fedtail.algorithms.fedproto:FedProto",
     "eqlv2": "fedtail.algorithms.eqlv2:EQLv2",
+    "lightweight": "fedtail.algorithms.lightweight:Lightweight",
 }
 """From the name used in configurations to module:Class."""

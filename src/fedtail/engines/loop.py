@@ -94,7 +94,7 @@ def run_client(
             f"Client {number} failed in {stage}{where}of round {round.index}: {type(error).__name__}: {error} {remedy(error)}"
         ) from error
     means = {name: value / len(plan.lengths) for name, value in sums.items()}
-    result = Result(number, update, weight, state, means, len(setting.data.owners[number]))
+    result = Result(number, update, weight, state, means, len(setting.rows(round)[number]))
     return check_result(result, torch.stack(losses) if losses else None, round)
 
 
