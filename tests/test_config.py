@@ -364,7 +364,7 @@ def test_messages_name_the_file_the_option_and_the_nearest_name(tmp_path):
         ("[data.partition]\nalfa = 1.0", r"mine\.toml: unknown option 'data\.partition\.alfa'; did you mean 'alpha'\?"),
         ("[algorithm.optimiser]\nlr = 1.0", r"unknown option 'algorithm\.optimiser'; did you mean 'optimizer'\?"),
         ("[local]\nzzz = 1", r"unknown option 'local\.zzz'\. Known are epochs, steps, batch_size, min_batch"),
-        ("[engine]\nworkers = -1", r"engine: workers and states_mib must be >= 0 .* got -1"),
+        ("[engine]\nworkers = -1", r"engine: workers, states_mib and chunk must be >= 0, got -1"),
     ]:
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):

@@ -24,7 +24,7 @@ LAYERS = [
      "stopping", "student"},
     {"models", "models.specs", "models.branches", "models.layers", "models.small", "models.resnet", "models.user"},
     {"task"},
-    {"affine", "algorithm", "drift", "etf", "heads", "local", "losses", "transplant"},
+    {"affine", "algorithm", "drift", "etf", "geometry", "heads", "local", "losses", "transplant"},
     {"algorithms", "algorithms.fedavg", "algorithms.fedprox", "algorithms.scaffold", "algorithms.fedgrab",
      "algorithms.climb", "algorithms.fedrl", "algorithms.eqlv2", "algorithms.lightweight",
      "algorithms.fednova", "algorithms.fedopt", "algorithms.feddyn",

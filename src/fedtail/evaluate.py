@@ -57,8 +57,7 @@ class Evaluation:
 
 def shot_groups(rule: GroupRule, data: FederatedData) -> ShotGroups:
     """Returns head, medium and tail of a federation under a rule, from the counts that the rule names."""
-    counts = data.test_counts() if rule.counts_of == "local_test" else data.counts()
-    return rule.split(counts.sum(0))
+    return rule.split(data.test_counts().sum(0) if rule.counts_of == "local_test" else data.class_totals())
 
 
 def local_groups(rule: GroupRule, data: FederatedData) -> list[ShotGroups] | ShotGroups:

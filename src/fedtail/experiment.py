@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from fedtail import config, runs, trees
@@ -21,7 +20,6 @@ from fedtail.algorithm import Context, Phase, Round
 from fedtail.checkpoint import Snapshot, load_checkpoint, read_meta, save_checkpoint
 from fedtail.config import Experiment
 from fedtail.data.federated import FederatedData
-from fedtail.data.members import Members
 from fedtail.data.plan import make_plan
 from fedtail.drift import Drift
 from fedtail.engines import distributed, make_engine
@@ -146,7 +144,7 @@ class Federation:
             sink = self._phase(phase, trained)
             trained += phase.local
             name = "train" if phase.name == "train" else phase.name
-            record[name] = {"clients": len(sink.states), "examples": sink.examples, **trees.plain(sink.metrics())}
+            record[name] = {"clients": len(sink.answers), "examples": sink.examples, **trees.plain(sink.metrics())}
         self.transferred = {f"cumulative_{k}": self.transferred[f"cumulative_{k}"] + v for k, v in self.traffic.items()}
         record["bytes"] = {**self.traffic, **self.transferred}
         if len(self.data.server):
@@ -168,7 +166,7 @@ class Federation:
         message = self.message(ctx)
         plans = self.engine.setting.plans(ctx.round, trained, ids)
         drift = Drift() if self.experiment.evaluation.drift and phase.local else None
-        sink = Sink(list(plans), phase.reduce == "collect", drift)
+        sink = Sink(list(plans), phase.reduce == "collect", drift, self.experiment.engine.states_bytes())
         if not plans:  # nobody in the cohort has anything to validate on
             return sink
         self.engine.cohort(ctx.round, trained, message, self.states, plans, sink)
@@ -186,7 +184,7 @@ class Federation:
                 f"The server state is not finite after round {self.round}, although every update was. Lower "
                 "algorithm.server_lr or the clients' learning rate."
             )
-        self.states.update((i, s) for i, s in sink.states.items() if s != ())
+        self.states.update(sink.states)
         return sink
 
     def _server_data(self) -> dict[str, Any]:
@@ -262,14 +260,6 @@ def _initial(experiment: Experiment, task: Task) -> Variables:
     return Variables(*({k: new[k].to(v) for k, v in own.items()} for own, new in pairs))
 
 
-def partition_arrays(federation: Federation) -> dict[str, np.ndarray[Any, Any]]:
-    """Returns what partition.npz keeps."""
-    data = federation.data
-    owners = Members.of(data.owners)
-    return {"offsets": owners.offsets, "examples": owners.members,
-            "counts": data.counts(), "test_counts": data.test_counts(), "newcomers": federation.newcomers}  # fmt: skip
-
-
 def run(experiment: Experiment, folder: str | Path | None = None) -> Iterator[RoundResult]:
     """Runs an experiment.
 
@@ -301,7 +291,13 @@ def start(federation: Federation, folder: str | Path | None) -> Iterator[RoundRe
     if path is not None:
         try:
             initial = federation.task.initial if federation.experiment.start else None
-            runs.create(path, federation.experiment, partition_arrays(federation), federation.snapshot(0), initial)
+            runs.create(
+                path,
+                federation.experiment,
+                runs.partition_arrays(federation.data, federation.newcomers),
+                federation.snapshot(0),
+                initial,
+            )
         except BaseException:
             federation.close()
             raise

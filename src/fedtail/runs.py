@@ -31,9 +31,13 @@ import numpy as np
 
 from fedtail import config
 from fedtail.checkpoint import Snapshot, read_meta, save_checkpoint
+from fedtail.data.federated import FederatedData
+from fedtail.data.members import Members
 from fedtail.errors import CheckpointError
 from fedtail.files import append, write_atomic, write_error
 from fedtail.trees import Tree
+
+COMPRESSED = 32 << 20  # bytes of partition arrays up to which compressing them takes less than seconds
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:
@@ -56,6 +60,16 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def partition_arrays(data: FederatedData, newcomers: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """Returns what partition.npz keeps; counts in the smallest type that holds them: a tenth for a million clients."""
+    owners = Members.of(data.owners)
+    counts = {
+        name: each.astype(np.min_scalar_type(int(each.max(initial=0))))
+        for name, each in (("counts", data.counts()), ("test_counts", data.test_counts()))
+    }
+    return {"offsets": owners.offsets, "examples": owners.members, **counts, "newcomers": newcomers}
 
 
 def create(folder: Path, experiment: config.Experiment, partition: dict[str, np.ndarray[Any, Any]],
@@ -81,8 +95,9 @@ def create(folder: Path, experiment: config.Experiment, partition: dict[str, np.
     try:
         write_atomic(scratch / "config.toml", config.dumps(experiment))
         write_atomic(scratch / "environment.json", json.dumps(environment(sys.argv), indent=1))
+        small = sum(array.nbytes for array in partition.values()) <= COMPRESSED
         with open(scratch / "partition.npz", "wb") as file:
-            np.savez_compressed(file, **partition)  # type: ignore[arg-type]
+            (np.savez_compressed if small else np.savez)(file, **partition)  # type: ignore[arg-type]
         (scratch / "metrics.jsonl").touch()
         (scratch / "timings.jsonl").touch()
         if initial is not None:
@@ -208,7 +223,7 @@ def read(folder: str | Path) -> RunRecord:
     try:
         records, timings = _lines(folder / "metrics.jsonl"), _lines(folder / "timings.jsonl")
         with open(folder / "partition.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            counts, test_counts = arrays["counts"], arrays["test_counts"]
+            counts, test_counts = (arrays[name].astype(np.int64) for name in ("counts", "test_counts"))
         known = json.loads((folder / "environment.json").read_text())
         table = config.to_dict(config.load(folder))
         seconds = sum(t["seconds"] for t in timings)

@@ -259,7 +259,7 @@ def serve(running: Federation, cohort: Cohort, sink: Sink, received: Tree) -> No
         else:
             total = torch.tensor(sink.total, dtype=dtype)
             running.server = algorithm.server_update(cohort.ctx, running.server, received, total)
-    running.states.update((i, s) for i, s in sink.states.items() if s != ())
+    running.states.update(sink.states)
 
 
 def form(tree: Tree) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

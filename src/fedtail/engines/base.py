@@ -21,6 +21,7 @@ from fedtail.data.plan import Array, LocalWork, Plan, make_plan
 from fedtail.drift import Drift
 from fedtail.errors import FedtailError, TrainingError
 from fedtail.seeds import Stream, generator
+from fedtail.states import ClientStates
 from fedtail.task import Draw, Task
 from fedtail.trees import Tree
 
@@ -37,11 +38,10 @@ class Result(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What is kept of each client's result beside the sums."""
+    """What is kept of each client's result beside the sums and its state."""
 
     client: int
     weight: float
-    state: Tree
     update: Tree  # () where updates are not collected
 
 
@@ -49,9 +49,17 @@ class Sink:
     """Adds results in ascending client index, whatever the order in which they arrive.
 
     The sum is sequential, so neither the engine nor the cohort's order changes a bit of the mean.
+
+    Args:
+        ids: the clients that will answer.
+        collect: keep the updates instead of adding them up.
+        drift: also measures the updates.
+        limit: bytes of new client states to hold in memory; the others wait on the disk.
     """
 
-    def __init__(self, ids: Sequence[int], collect: bool = False, drift: Drift | None = None):
+    def __init__(
+        self, ids: Sequence[int], collect: bool = False, drift: Drift | None = None, limit: int = 1 << 62
+    ) -> None:
         self._waiting: dict[int, Result] = {}
         self._order = sorted(ids)
         self._next = 0
@@ -61,6 +69,7 @@ class Sink:
         self._first: Result | None = None
         self.total = 0.0
         self.answers: list[Answer] = []  # in ascending client index
+        self.states = ClientStates(limit)  # the new ones, of clients that have any
         self._metrics: dict[str, Tensor] = {}
         self.examples = 0
 
@@ -73,11 +82,6 @@ class Sink:
     def weights(self) -> list[float]:
         """The clients' weights."""
         return [answer.weight for answer in self.answers]
-
-    @property
-    def states(self) -> dict[int, Tree]:
-        """The clients' new states."""
-        return {answer.client: answer.state for answer in self.answers}
 
     def at_once(self, client: int) -> bool:
         """Says whether this client's update would be added right away and not kept, so that it need not outlive `add`."""
@@ -92,7 +96,9 @@ class Sink:
 
     def _reduce(self, result: Result) -> None:
         kept = result.update if self.collect else ()
-        self.answers.append(Answer(result.client, result.weight, result.state, kept))
+        self.answers.append(Answer(result.client, result.weight, kept))
+        if result.state != ():
+            self.states[result.client] = result.state
         self.examples += result.examples
         for name, value in result.metrics.items():
             self._metrics[name] = self._metrics.get(name, 0.0) + value.double() * result.examples
@@ -119,11 +125,12 @@ class Sink:
         return {"numbers": numbers, "metrics": self._metrics, "update": () if self.collect else self._begun(),
                 "drift": () if self.drift is None else self.drift.sums()}  # fmt: skip
 
-    def take(self, part: "Sink", sums: Tree, answers: Sequence[Answer]) -> None:
-        """Takes over the sums of several sinks, of which `part` is one, with all their clients' answers in order."""
+    def take(self, part: "Sink", sums: Tree, answers: Sequence[Answer], states: Mapping[int, Tree]) -> None:
+        """Takes over the sums of several sinks, of which `part` is one, with all their clients' answers in order and states."""
         self._first, self._sum = part._first, None if self.collect else sums["update"]
         self.total, self.examples = float(sums["numbers"][0]), int(sums["numbers"][1])
         self._metrics, self.answers = sums["metrics"], list(answers)
+        self.states.update(states)
         if self.drift is not None:
             self.drift.restore(sums["drift"])
 
@@ -205,13 +212,17 @@ class Setting:
             torch.tensor([len(plans[i].lengths) for i in ids], dtype=dtype, device=device),
         )
 
-    def state(self, ctx: Context, message: Tree, states: Mapping[int, Tree], client: int) -> Tree:
-        """Returns a client's state: the kept one, or the initial one at its first participation."""
+    def state(
+        self, ctx: Context, message: Tree, states: Mapping[int, Tree], client: int, device: torch.device | None = None
+    ) -> Tree:
+        """Returns a client's state, kept or (at its first participation) initial, on a device (None: the task's)."""
         if client in states:
-            return trees.tree_map(lambda t: t.to(self.task.device), states[client])
-        if type(self.algorithm).init_client is Algorithm.init_client:  # a generator costs as much as a small step
+            found = states[client]
+        elif type(self.algorithm).init_client is Algorithm.init_client:  # a generator costs as much as a small step
             return ()
-        return self.algorithm.init_client(ctx, message, generator(self.seed, Stream.CLIENT, client))
+        else:
+            found = self.algorithm.init_client(ctx, message, generator(self.seed, Stream.CLIENT, client))
+        return trees.tree_map(lambda t: t.to(device or self.task.device), found)
 
 
 @contextlib.contextmanager

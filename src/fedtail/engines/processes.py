@@ -9,6 +9,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import signal
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -98,6 +99,7 @@ def serve(
 
     It is told ("round", round, (counts, message)) once, then ("client", index, its plan, its kept state, block) for each.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     torch.set_num_threads(1)
     worker = setting.task.worker("eager", donate)
     round, message = Round(0, *[None] * 4), ()  # type: ignore[arg-type]

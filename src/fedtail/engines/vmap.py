@@ -67,10 +67,13 @@ class VmapEngine(Engine):
             return *algorithm.local_final(ctx(client), message, state, local), algorithm.weight(ctx(client))
 
         each = [Client(*(value[row] for value in clients)) for row in range(len(ids))]
-        kept = trees.stack([setting.state(ctx(c), message, states, i) for c, i in zip(each, ids, strict=True)])
+        host = torch.device("cpu")  # where client states are kept; they move to the device and back all at once
+        kept = trees.stack([setting.state(ctx(c), message, states, i, host) for c, i in zip(each, ids, strict=True)])
+        kept = trees.tree_map(lambda t: t.to(setting.task.device), kept)
         local = torch.vmap(init, randomness="error")(clients, kept)
         local, sums, losses = self._train(round, message, clients, kept, local, list(plans.values()))
         updates, new, weights = torch.vmap(final, randomness="error")(clients, kept, local)
+        new, weights = trees.tree_map(lambda t: t.to(host), new), weights.to(host)
         results: list[Result] = []
         for position, number in enumerate(ids):
             steps = len(plans[number].lengths)
