@@ -177,7 +177,9 @@ class Federation:
                 self.server = self.algorithm.server_collect(ctx, self.server, sink.updates, weights)
             else:
                 self.server = self.algorithm.server_update(ctx, self.server, sink.mean(), total)
-            self.traffic["down"] += len(plans) * trees.num_bytes(self.algorithm.sent(ctx, message))
+            self.traffic["down"] += len(ids) * trees.num_bytes(
+                self.algorithm.sent(ctx, message)
+            )  # also to who has no batch
             self.traffic["up"] += sink.sent_bytes()
         if not trees.all_finite(self.server):
             raise TrainingError(

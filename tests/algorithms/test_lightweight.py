@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import fedtail
 from fedtail import stopping, trees
 from fedtail.affine import Affine
 from fedtail.algorithm import Context
 from fedtail.algorithms.fedavg import FedAvg
+from fedtail.algorithms.fedgrab import FedGraB
 from fedtail.algorithms.lightweight import Lightweight, Server, Verdict
 from fedtail.config import Data, Experiment, Participation
 from fedtail.data.federated import FederatedData
@@ -352,6 +354,81 @@ def test_after_the_last_part_nothing_moves_and_the_best_is_judged():
             assert record["diagnostics"]["validation"] == state.watch.last.tolist()
 
 
+def test_without_stage_one_it_is_the_unified_network_from_random_weights():
+    """The baseline of the same rounds: every part, optimizer and stopping rule of stage 2, and nothing transplanted."""
+    algorithm = Lightweight(dual_rounds=0, unfreeze_rounds=(), final_rounds=2)
+    with federation(algorithm, images([9, 6])) as running:
+        assert trees.equal(running.server.model, running.task.initial)
+        with federation(FedAvg(optimizer=algorithm.final), images([9, 6])) as other:
+            for number in range(2):
+                (mine, record), theirs = go(running), go(other)[0]
+                for k, v in theirs.params.items():
+                    torch.testing.assert_close(mine.model.params[k], v, rtol=0, atol=1e-12)
+                assert record["diagnostics"]["part"] == 1
+                assert len(record["diagnostics"]["validation"]) == 1
+                size = trees.num_bytes(theirs)
+                assert record["bytes"]["down"] == 2 * (size + (0 if number else size))
+        best = mine.best
+        state, record = go(running)
+        assert trees.equal(state.model, best)
+        assert "loss" not in record["train"]
+
+
+def test_a_ladder_without_stage_one_sends_what_trains():
+    algorithm = Lightweight(dual_rounds=0, unfreeze_rounds=(1, 1))
+    with federation(algorithm, images([2, 2], (1, 28, 28), 10, held=1), dtype="float32") as running:
+        found = [go(running)[1]["bytes"] for _ in range(3)]
+    assert [b["down"] for b in found] == [2 * (59_448 + 1_320), 2 * 2 * 4_008, 2 * 2 * 59_448]
+    assert [b["up"] for b in found] == [2 * (size + 8) for size in (1_320, 4_008, 59_448)]
+
+
+def test_a_client_without_validation_examples_gets_the_new_model_too():
+    data = images([2, 2], (1, 28, 28), 10, held=1)
+    data = dataclasses.replace(data, held=[data.held[0], data.held[1][:0]])
+    with federation(Lightweight(), data, dtype="float32") as running:
+        first, second = (go(running)[1] for _ in range(2))
+    assert first["validate"]["clients"] == 1
+    assert first["bytes"]["down"] == 2 * 2 * 55_440
+    assert second["bytes"]["down"] == 2 * 55_440  # trained from what came for validation
+    assert second["bytes"]["up"] == 2 * 55_440 + 12
+
+
+def test_fedgrab_goes_on_from_the_unified_network(tmp_path):
+    """Controllers at rest, and the prior read off the head before the first step."""
+    method = Lightweight(dual_rounds=1, unfreeze_rounds=(1,), final_rounds=0)
+    options = {"model": Unified(branch=MLP(hidden=(8,))), "engine": EngineOptions(name="loop"),
+               "data": Data(client_validation=0.2, partition=IID(clients=3))}  # fmt: skip
+    list(fedtail.run(Experiment(rounds=3, algorithm=method, **options), tmp_path / "unfrozen"))
+    model = fedtail.load(tmp_path / "unfrozen").network
+    whole = Experiment(rounds=1, algorithm=FedGraB(warm=0), start=str(tmp_path / "unfrozen"), **options)
+    with contextlib.closing(Federation(whole)) as running:
+        ctx = running.context()
+        message = running.message(ctx)
+        assert all(torch.equal(v, message.model.params[k]) for k, v in model.named_parameters())
+        norms = model.head.weight.detach().norm(dim=1)
+        shares = (norms - norms.min()) / (norms - norms.min()).sum()
+        torch.testing.assert_close(running.server.prior, shares)
+        torch.testing.assert_close(message.prior, shares if norms.max() >= 1.1 * norms.min() else 0 * shares)
+        state = running.engine.setting.state(ctx, message, running.states, 0)
+        assert all(not bool(v.any()) for v in trees.leaves(state))
+        running.advance(running.step())
+        assert any(bool(v.any()) for v in trees.leaves(running.states[0]))
+
+
+def test_with_nothing_to_train_after_it_stage_one_ends_in_the_two_branches():
+    """The ensemble: each branch from its best round, and no surgery."""
+    with federation(Lightweight(dual_rounds=2, unfreeze_rounds=(), final_rounds=0), images([9])) as running:
+        go(running)
+        best = go(running)[0].best
+        state, _ = go(running)
+        assert trees.equal(state.model, best)
+        assert {k for k, _ in running.module().network.named_parameters()} == set(best.params)
+        x, y = running.data.test["x"], running.data.test["y"]
+        one, other = (getattr(running.module().network, f"branch{j}")(x.double() / 255).softmax(-1) for j in (1, 2))
+        right = float((((one + other) / 2).argmax(-1) == y).double().mean())
+        assert running.score()["test"]["accuracy"] == pytest.approx(right)
+
+
 def test_folds_cover_all_data_and_validate_on_what_was_trained_on():
     algorithm = Lightweight(refit="kfold-continue")
     data = images([17, 5], held=3)
@@ -406,7 +483,7 @@ def test_it_asks_for_validation_examples_and_for_two_branches():
 
 @pytest.mark.parametrize(
     "option",
-    [{"dual_rounds": 0}, {"unfreeze_rounds": (2, 0)}, {"final_rounds": -1}, {"patience": 0}, {"min_delta": -0.1},
+    [{"dual_rounds": -1}, {"unfreeze_rounds": (2, 0)}, {"final_rounds": -1}, {"patience": 0}, {"min_delta": -0.1},
      {"final_patience": 0}, {"ignored": -1}],
 )  # fmt: skip
 def test_options_have_ranges(option):

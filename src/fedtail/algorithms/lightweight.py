@@ -103,7 +103,7 @@ class Lightweight(Algorithm):
     moments: Literal["fresh", "averaged"] = "fresh"
     """Start a round's optimizer anew, or from the mean of the clients' states, which are sent too."""
     dual_rounds: int = 20
-    """Most rounds of stage 1, >= 1; 20 epochs in the paper."""
+    """Most rounds of stage 1, >= 0; 20 epochs in the paper; 0: stage 2 from random weights, for comparison."""
     unfreeze_rounds: tuple[int, ...] = (2, 3, 3, 2)
     """Rounds of the parts before everything is trained, each >= 1; together 10 epochs in the paper."""
     final_rounds: int = 50
@@ -120,15 +120,19 @@ class Lightweight(Algorithm):
     needs_branches = True
 
     def __post_init__(self) -> None:
-        for name, least in (("dual_rounds", 1), ("final_rounds", 0), ("patience", 1), ("final_patience", 1),
+        for name, least in (("dual_rounds", 0), ("final_rounds", 0), ("patience", 1), ("final_patience", 1),
                             ("min_delta", 0), ("ignored", 0)):  # fmt: skip
             if not getattr(self, name) >= least:
                 raise ConfigError(f"Lightweight.{name} must be in [{least}, inf), got {getattr(self, name)}.")
         if not all(rounds >= 1 for rounds in self.unfreeze_rounds):
             raise ConfigError(f"Lightweight.unfreeze_rounds must hold numbers in [1, inf), got {self.unfreeze_rounds}.")
+        if not (self.dual_rounds or self.unfreeze_rounds or self.final_rounds):
+            raise ConfigError(
+                "Lightweight trains nothing with dual_rounds = 0, unfreeze_rounds = [] and final_rounds = 0."
+            )
 
     def parts(self) -> list[Part]:
-        """Returns the parts in their order; part p is in the stages 2 p (its first round) and 2 p + 1."""
+        """Returns the parts in their order; the first is stage 1, which `dual_rounds = 0` passes over."""
         every, short = slice(None), sum(self.unfreeze_rounds)
         ladder = [Part(slice(-k - 1, None), n, 0, self.optimizer) for k, n in enumerate(self.unfreeze_rounds)]
         notebook = [Part(slice(-1), short, self.patience, self.optimizer)] if short else []
@@ -141,20 +145,24 @@ class Lightweight(Algorithm):
             Part(slice(0), 0, 0, self.final),
         ]
 
+    def _number(self, stage: int) -> int:
+        """Returns the part of a stage: each part has two, one for its first round and one for the others."""
+        return stage // 2 + (self.dual_rounds == 0)
+
     def _part(self, ctx: Context) -> Part:
-        return self.parts()[ctx.round.stage // 2]
+        return self.parts()[self._number(ctx.round.stage)]
 
     def trainable(self, ctx: Context) -> list[str]:
         """Returns the names of the parameters that train now."""
         return [name for group in ctx.task.stages[self._part(ctx).groups] for name in group]
 
     def stage_task(self, task: Task, stage: int) -> Task:
-        """The two branches, then the unified network."""
-        return task if stage >= 2 else dual_task(task, "lightweight")
+        """The two branches, then the unified network, if anything trains it."""
+        return task if self._number(stage) and len(self.parts()) > 2 else dual_task(task, "lightweight")
 
     def stage_data(self, data: Any, stage: int) -> Any:
         """The same, or a fold."""
-        fold = self.parts()[stage // 2].fold
+        fold = self.parts()[self._number(stage)].fold
         return data if fold < 0 else data.fold(fold, FOLDS)
 
     def phases(self, index: int, rounds: int) -> Sequence[Phase]:
@@ -173,8 +181,8 @@ class Lightweight(Algorithm):
         return Server(model, (), model, stopping.begin(number, ctx.task.device))
 
     def init_server(self, ctx: Context, rng: np.random.Generator) -> Server:
-        """Two untrained branches."""
-        return self._begin(ctx, ctx.task.initial, 2)
+        """Two untrained branches, or with no stage 1 the untrained unified network."""
+        return self._begin(ctx, ctx.task.initial, 1 if self._number(0) else 2)
 
     def broadcast(self, ctx: Context, server: Server) -> Server:
         """The model, and the optimizer's state if it goes on."""
@@ -186,7 +194,7 @@ class Lightweight(Algorithm):
         moved = Variables({k: message.model.params[k] for k in names}, message.model.buffers) if names else ()
         if not ctx.round.phase.local or not names:
             return moved
-        new = stage in (0, 2) or ctx.round.cohort < ctx.round.holders
+        new = (stage % 2 == 0 and self._number(stage) < 2) or ctx.round.cohort < ctx.round.holders
         known = stage % 2 == 1 and not new  # from the validation of the round before
         return (message.model if new else () if known else moved), message.moments
 
@@ -194,13 +202,13 @@ class Lightweight(Algorithm):
         """Starts from the broadcast model, or with nothing counted."""
         if not ctx.round.phase.local:
             zero = torch.zeros((), dtype=ctx.task.dtype, device=ctx.task.device)
-            return Verdict(zero.repeat(2 if ctx.round.stage < 2 else 1), zero)
+            return Verdict(zero.repeat(1 if self._number(ctx.round.stage) else 2), zero)
         local = start(self._part(ctx).optimizer, message.model, trainable=self.trainable(ctx))
         return local if message.moments == () else local._replace(optimizer=message.moments)
 
     def local_step(self, ctx: Context, message: Server, client: Tree, local: Any, batch: Batch) -> tuple[Any, Metrics]:
         """One step of what the part trains, or the count of a batch."""
-        names, dual = self.trainable(ctx), ctx.round.stage < 2
+        names, dual = self.trainable(ctx), not self._number(ctx.round.stage)
         if not names:
             return local, {}
         if not ctx.round.phase.local:
@@ -236,7 +244,7 @@ class Lightweight(Algorithm):
             return server
         if ctx.round.phase.local:
             return server._replace(model=overlay(server.model, mean.model), moments=mean.moments)
-        dual = ctx.round.stage < 2
+        dual = not self._number(ctx.round.stage)
         right, count = ((v.double() * total.double()).round() for v in mean)  # weights are 1: sums of whole numbers
         watch, highest, improved = stopping.judge(
             server.watch, right / count, self.min_delta, self.ignored if dual else 0
@@ -252,19 +260,20 @@ class Lightweight(Algorithm):
     def diagnostics(self, ctx: Context, server: Server) -> Metrics:
         """The part, its rounds so far, the validation accuracies and how long they have not improved."""
         watch: Watch = server.watch
-        return {"part": torch.tensor(ctx.round.stage // 2), "rounds": watch.rounds, "validation": watch.last,
+        return {"part": torch.tensor(self._number(ctx.round.stage)), "rounds": watch.rounds, "validation": watch.last,
                 "best": watch.best, "highest": watch.top, "wait": watch.wait}  # fmt: skip
 
     def advance(self, ctx: Context, server: Server, metrics: Mapping[str, Any]) -> tuple[int, Server]:
         """Goes on with the part, or to the next one from the best model; after stage 1 comes the surgery."""
-        number, seen, parts = ctx.round.stage // 2, metrics["diagnostics"], self.parts()
+        stage = ctx.round.stage // 2 * 2
+        number, seen, parts = self._number(stage), metrics["diagnostics"], self.parts()
         part = parts[number]
         ends = seen["rounds"] >= part.rounds or (part.patience and max(seen["wait"]) >= part.patience)
         if not ends or number + 1 == len(parts):
-            return 2 * number + 1, server
+            return stage + 1, server
         model = server.best
-        if number == 0:
+        if number == 0 and len(parts) > 2:
             model = transplant(ctx.task, model, ctx.constants, self.heads)
         if number + 2 == len(parts):  # nothing trains any more
-            return 2 * (number + 1), server._replace(model=model, moments=())
-        return 2 * (number + 1), self._begin(ctx, model, 1)
+            return stage + 2, server._replace(model=model, moments=())
+        return stage + 2, self._begin(ctx, model, 1)
