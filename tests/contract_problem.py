@@ -338,6 +338,9 @@ def _cases() -> dict[str, Algorithm]:
     opt = config.resolve(Algorithm, "fedopt")
     found.update({f"fedopt-{server}": opt(optimizer=PLAIN, server=server) for server in ("avgm", "yogi", "adagrad")})
     found["fednova-proximal"] = config.resolve(Algorithm, "fednova")(optimizer=SGD(lr=0.1, momentum=0.0), mu=0.7)
+    ga = config.resolve(Algorithm, "fedga")
+    found["fedga-exact"] = ga(optimizer=PLAIN, form="exact", counts="client", strength=0.7, weights="size")
+    found["fedrs-soft"] = config.resolve(Algorithm, "fedrs")(optimizer=PLAIN, soft=True)
     found["fedavg-partition"] = avg(optimizer=Partition(parts={"": PLAIN, "head": Adam(lr=0.01, eps=1e-4)}))
     for name in LOSSES:
         if name != "cross_entropy":

@@ -14,6 +14,7 @@ import fedtail
 from fedtail import config
 from fedtail.affine import Affine
 from fedtail.algorithm import Algorithm
+from fedtail.algorithms import fedga, fedlc, fedrs
 from fedtail.algorithms.apfl import APFL
 from fedtail.algorithms.ccvr import CCVR
 from fedtail.algorithms.climb import CLIMB
@@ -23,18 +24,22 @@ from fedtail.algorithms.ditto import Ditto
 from fedtail.algorithms.eqlv2 import EQLv2
 from fedtail.algorithms.fedbabu import FedBABU
 from fedtail.algorithms.fedbn import FedBN
+from fedtail.algorithms.feddecorr import FedDecorr
 from fedtail.algorithms.feddyn import FedDyn
 from fedtail.algorithms.fedetf import FedETF
 from fedtail.algorithms.fedloge import FedLoGe
 from fedtail.algorithms.fednova import FedNova
+from fedtail.algorithms.fedntd import FedNTD
 from fedtail.algorithms.fedopt import FedOpt
 from fedtail.algorithms.fedper import FedPer
 from fedtail.algorithms.fedproto import FedProto
 from fedtail.algorithms.fedrep import FedRep
 from fedtail.algorithms.fedrl import FedRL
 from fedtail.algorithms.fedrod import FedROD
+from fedtail.algorithms.fedsam import FedSAM
 from fedtail.algorithms.lg_fedavg import LGFedAvg
 from fedtail.algorithms.lightweight import Lightweight
+from fedtail.algorithms.moon import MOON
 from fedtail.algorithms.pfedme import PFedMe
 from fedtail.algorithms.posthoc import PostHoc
 from fedtail.config import REGISTRIES, Data, Evaluation, Experiment, Participation, from_dict, to_dict
@@ -44,6 +49,7 @@ from fedtail.losses import (
     LDAM,
     BalancedSoftmax,
     ClassWeighted,
+    FedGA,
     FedIR,
     FedLC,
     FedRS,
@@ -84,6 +90,13 @@ CHOICES = [
         bias="keep",
         personal_bias="private",
     ),
+    fedga.FedGA(form="exact", counts="client", strength=0.5, weights="size"),
+    fedlc.FedLC(tau=0.5),
+    fedrs.FedRS(alpha=0.3, soft=True),
+    FedNTD(beta=0.5, tau=3.0),
+    MOON(mu=1.0, tau=0.2),
+    FedDecorr(beta=0.05, loss=FedGA(form="exact", counts="client", strength=0.5)),
+    FedSAM(rho=0.1),
     FedPer(share_private=True),
     FedRep(head_share=0.25, share_private=True),
     LGFedAvg(share_private=True),

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from fedtail.algorithms.fedprox import FedProx
     from fedtail.algorithms.scaffold import Scaffold
     from fedtail.checks import check
-    from fedtail.config import Data, Experiment, Participation
-    from fedtail.data.plan import LocalWork
+    from fedtail.config import Data, Experiment
+    from fedtail.data.plan import LocalWork, Participation
     from fedtail.engines import EngineOptions
     from fedtail.errors import FedtailError
     from fedtail.evaluate import Evaluation
@@ -34,7 +34,7 @@ _WHERE = {
     "Data": "config", "Draw": "task", "EngineOptions": "engines", "Evaluation": "evaluate", "Experiment": "config",
     "FedAvg": "algorithms.fedavg", "FedGraB": "algorithms.fedgrab", "FedProx": "algorithms.fedprox",
     "FedtailError": "errors", "Finetune": "personalise", "Local": "local", "LocalWork": "data.plan", "Nadam": "optim",
-    "Participation": "config", "Phase": "algorithm", "Round": "algorithm", "RoundResult": "experiment",
+    "Participation": "data.plan", "Phase": "algorithm", "Round": "algorithm", "RoundResult": "experiment",
     "RunRecord": "runs", "SGD": "optim", "Scaffold": "algorithms.scaffold",
     "Variables": "task", "check": "checks", "cross_entropy": "losses",
     "delta": "local", "descend": "local", "load": "experiment", "read": "runs", "resume": "experiment", "run": "experiment",

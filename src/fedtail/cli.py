@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedtail.config import Experiment
 
 Positional = tyro.conf.Positional
+Picture = Literal["partition", "classes", "groups", "curves", "prior", "balance", "clients", "asymmetry", "tradeoff"]
 HELP = """fedtail: federated learning on long-tailed, heterogeneous data
 
 usage: fedtail VERB ... (fedtail VERB --help tells more)
@@ -30,7 +31,7 @@ usage: fedtail VERB ... (fedtail VERB --help tells more)
   evaluate RUN         scores of a run's checkpoint on a split
   export RUN           the network as ONNX and safetensors, with size, operations, latency and a model card
   compare RUN...       one table over seeds; refuses runs that differ in more than the method
-  plot KIND RUN...     pictures: partition, classes, groups, curves, prior, balance, clients
+  plot KIND RUN...     pictures: partition, classes, groups, curves, prior, balance, clients, asymmetry, tradeoff
   report RUN...        one self-contained HTML page
   inspect EXP          who holds what, and what a round costs, before anything is trained
   list WHAT            algorithms, losses, models, datasets, partitions
@@ -131,7 +132,7 @@ def compare(
 
 
 def plot(
-    kind: Positional[Literal["partition", "classes", "groups", "curves", "prior", "balance", "clients"]],
+    kind: Positional[Picture],
     runs: Positional[tuple[Path, ...]],
     output: Path | None = None,
 ) -> None:
@@ -140,28 +141,28 @@ def plot(
     Args:
         kind: partition (class x client), classes (accuracy against class frequency), groups (head, medium and tail
             of many methods), curves (over rounds), prior (the analyser's estimate), balance (the balancer's gradients),
-            clients (spread over clients).
+            clients (spread over clients), asymmetry (EA by class over rounds), tradeoff (accuracy against EA).
         runs: run folders; partition, prior and balance take the first.
         output: a .png or .svg file; default: KIND.png.
     """
-    from fedtail import overview, plots
+    from fedtail import asymmetry, overview, plots
     from fedtail import runs as folders
 
     found = [folders.read(run) for run in runs]
     if not found:
         raise ConfigError("plot needs at least one run folder.")
-    first: Any = found[0]
     figure = {
-        "partition": lambda: plots.partition(first.counts),
-        "prior": lambda: plots.prior(first),
-        "balance": lambda: plots.balance(first),
+        "partition": lambda: plots.partition(found[0].counts),
+        "prior": lambda: plots.prior(found[0]),
+        "balance": lambda: plots.balance(found[0]),
         "classes": lambda: plots.classes(found),
         "groups": lambda: overview.groups(found),
         "curves": lambda: plots.curves(found),
         "clients": lambda: plots.clients(found),
+        "asymmetry": lambda: asymmetry.classes(found),
+        "tradeoff": lambda: asymmetry.tradeoff(found),
     }[kind]()
-    path = output or Path(f"{kind}.png")
-    plots.save(figure, path)
+    plots.save(figure, path := output or Path(f"{kind}.png"))
     print(path)
 
 

@@ -22,7 +22,7 @@ from fedtail.config import Experiment
 from fedtail.data.federated import FederatedData
 from fedtail.data.plan import make_plan
 from fedtail.drift import Drift
-from fedtail.engines import distributed, make_engine
+from fedtail.engines import distributed, local_models, make_engine
 from fedtail.engines.base import Engine, Setting, Sink, blame, one_thread
 from fedtail.engines.choice import resolve
 from fedtail.engines.loop import iterate
@@ -88,8 +88,11 @@ class Federation:
 
     def _engine(self) -> Engine:
         task, experiment = self.algorithm.stage_task(self.task, self.stage), self.experiment
-        data = self.algorithm.stage_data(self.data, self.stage)
-        return self._running(Setting(self.algorithm, task, data, experiment.local, experiment.seed, self.constants))
+        data, judging = self.algorithm.stage_data(self.data, self.stage), experiment.evaluation
+        return self._running(
+            Setting(self.algorithm, task, data, experiment.local, experiment.seed, self.constants,
+                    judging.local_models, judging.batch_size, judging.double_softmax)
+        )  # fmt: skip
 
     def _running(self, setting: Setting) -> Engine:
         engine = make_engine(self.experiment.engine, setting)
@@ -145,6 +148,8 @@ class Federation:
             trained += phase.local
             name = "train" if phase.name == "train" else phase.name
             record[name] = {"clients": len(sink.answers), "examples": sink.examples, **trees.plain(sink.metrics())}
+            if sink.judged != ():
+                record["local_models"] = local_models.scores(sink.judged, self.data.test["y"].numpy(force=True))
         self.transferred = {f"cumulative_{k}": self.transferred[f"cumulative_{k}"] + v for k, v in self.traffic.items()}
         record["bytes"] = {**self.traffic, **self.transferred}
         if len(self.data.server):

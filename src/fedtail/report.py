@@ -16,6 +16,7 @@ import numpy as np
 from fedtail.errors import ConfigError
 from fedtail.methods import (
     ABSENT,
+    CAPTIONS,
     IGNORED,
     SECTIONS,
     TRAFFIC,
@@ -165,7 +166,7 @@ class Comparison:
             section: the table.
             mark: how the best of a column is marked.
         """
-        if section.name in ("course", "traffic"):
+        if section.name in ("local_models", "course", "traffic"):
             return self._course_caption(section, mark)
         last = [known for method in self.methods for known in method.numbers if section.name in known]
         sets = distinct(known[section.name]["test_set"] for known in last)
@@ -180,16 +181,8 @@ class Comparison:
 
     def _course_caption(self, section: Section, mark: str) -> str:
         names = [column.key.partition(".")[2] for column in section.columns]
-        parts: list[str] = []
-        if "drift_relative" in names:
-            parts.append("Drift: distance of the client updates to their mean over the mean's norm, and their cosine to it; "
-                         "mean of the last 20 rounds.")  # fmt: skip
-        if "spread" in names:
-            parts.append("Spread over rounds: sample standard deviation of the overall accuracy over the evaluated ones of the "
-                         "last 20 rounds, in percentage points.")  # fmt: skip
-        if any(name.startswith("rounds_to_") for name in names):
-            parts.append("Rounds to a target: the first evaluated round with this overall accuracy in percent; \"-\" where not "
-                         "every seed reached it, and for a run that starts from another one.")  # fmt: skip
+        parts = [text for key, text in CAPTIONS.items()
+                 if any(name == key or (key.endswith("_") and name.startswith(key)) for name in names)]  # fmt: skip
         if section.name == "traffic":
             parts.append("Sum over clients and rounds of what messages and updates hold; 1 MB is 10^6 bytes.")
         parts.append("Mean ± sample standard deviation over n seeds.")

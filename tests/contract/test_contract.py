@@ -36,7 +36,7 @@ VMAP = EngineOptions(name="vmap")
 VARIANTS = [
     case
     for case in CASES
-    if case.startswith(("fedgrab-", "fedavg-", "fedopt-", "fednova-", "lightweight-"))
+    if case.startswith(("fedgrab-", "fedavg-", "fedopt-", "fednova-", "fedga-", "fedrs-", "lightweight-"))
     and case not in ("fedgrab-rank", "fedavg-adam")
 ]
 every_case = pytest.mark.parametrize("case", CASES)
