@@ -386,8 +386,8 @@ def test_8_the_gate_waits_for_warm_estimates_and_for_norms_that_differ():
     assert torch.equal(sent([1.11, 1, 1, 1], 5), prior)
 
 
-def test_8_without_a_warm_start_the_first_estimate_is_of_the_classifier_that_training_begins_with():
-    with contextlib.closing(federation(FedGraB(optimizer=SGD(lr=0.1), warm=0))) as running:
+def test_the_first_estimate_can_be_of_the_classifier_that_training_begins_with():
+    with contextlib.closing(federation(FedGraB(optimizer=SGD(lr=0.1), initial_prior=True))) as running:
         first = analyse(running.task.initial.params["head.weight"])
         assert float(first.max()) > float(first.min())
         assert torch.equal(running.server.prior, first)
