@@ -400,7 +400,9 @@ def test_fedgrab_goes_on_from_the_unified_network(tmp_path):
                "data": Data(client_validation=0.2, partition=IID(clients=3))}  # fmt: skip
     list(fedtail.run(Experiment(rounds=3, algorithm=method, **options), tmp_path / "unfrozen"))
     model = fedtail.load(tmp_path / "unfrozen").network
-    whole = Experiment(rounds=1, algorithm=FedGraB(warm=1, initial_prior=True), start=str(tmp_path / "unfrozen"), **options)
+    whole = Experiment(
+        rounds=1, algorithm=FedGraB(warm=1, initial_prior=True), start=str(tmp_path / "unfrozen"), **options
+    )
     with contextlib.closing(Federation(whole)) as running:
         ctx = running.context()
         message = running.message(ctx)
