@@ -184,9 +184,10 @@ class FedGraB(Algorithm):
         controller = Controller(*(torch.where(allowed.closed, 0.0, value) for value in client))
         return start(self.optimizer, message.model, (controller, allowed.bypass), self._trainable(ctx, message.model))
 
-    def _trainable(self, ctx: Context, model: Variables) -> list[str]:
-        frozen = f"{ctx.task.classifier}." if self.frozen_classifier else None
-        return [name for name in model.params if frozen is None or not name.startswith(frozen)]
+    def _trainable(self, ctx: Context, model: Variables) -> list[str] | None:
+        if not self.frozen_classifier:
+            return None
+        return [name for name in model.params if not name.startswith(f"{ctx.task.classifier}.")]
 
     def advance_controller(self, state: Controller) -> Controller:
         """Incremental PID step on the error -(pos - neg), set-point 0."""
@@ -206,8 +207,9 @@ class FedGraB(Algorithm):
         state = self.advance_controller(state)
         factors = amp(torch.stack([state.output, -state.output]), self.top, self.slope)
         positive, negative = torch.where(alone, 1.0, factors).unbind()
-        y, fixed = one_hot(batch.y, z.shape[-1], z.dtype), z.detach()
-        scale = torch.where(y > 0, positive, negative)  # s_ic
+        own, fixed = one_hot(batch.y, z.shape[-1], torch.bool), z.detach()
+        y = own.to(z.dtype)
+        scale = torch.where(own, positive, negative)  # s_ic
         slope = scale * (torch.sigmoid(fixed) - y)  # B g_ic
         gained, lost = -batch.mean(slope.clamp(max=0)), batch.mean(slope.clamp(min=0))
         new = state._replace(positive=torch.where(alone, state.positive, state.positive + gained),
