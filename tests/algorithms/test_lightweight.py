@@ -221,7 +221,8 @@ def test_traffic_is_what_trains(shape, dual, rows):
                 assert found["up"] == clients * (size + verdict)
                 cumulative += found["down"]
                 assert found["cumulative_down"] == cumulative
-        assert go(running)[1]["bytes"]["down"] == 0
+        last = go(running)[1]["bytes"]
+        assert (last["down"], last["up"]) == (0, 0)
 
 
 def test_traffic_of_ten_rounds_and_of_a_full_exchange():

@@ -229,7 +229,7 @@ class Lightweight(Algorithm):
     def local_final(self, ctx: Context, message: Server, client: Tree, local: Any) -> tuple[Tree, Tree]:
         """Sends what was trained (its values, so that a single client's are kept to the bit), or the counts."""
         if not ctx.round.phase.local:
-            return local, client
+            return (local if self.trainable(ctx) else ()), client
         params = {k: local.variables.params[k] for k in self.trainable(ctx)}
         moments = local.optimizer if self.moments == "averaged" and params else ()
         return Trained(Variables(params, local.variables.buffers), moments), client
