@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import fedtail
 from fedtail import config
+from fedtail.affine import Affine
 from fedtail.algorithm import Algorithm
 from fedtail.algorithms import fedga, fedlc, fedrs
 from fedtail.algorithms.apfl import APFL
@@ -37,6 +38,7 @@ from fedtail.algorithms.fedrl import FedRL
 from fedtail.algorithms.fedrod import FedROD
 from fedtail.algorithms.fedsam import FedSAM
 from fedtail.algorithms.lg_fedavg import LGFedAvg
+from fedtail.algorithms.lightweight import Lightweight
 from fedtail.algorithms.moon import MOON
 from fedtail.algorithms.pfedme import PFedMe
 from fedtail.algorithms.posthoc import PostHoc
@@ -58,7 +60,7 @@ from fedtail.losses import (
 )
 from fedtail.metrics import OLTR, Cumulative, Explicit, Thirds
 from fedtail.models import specs
-from fedtail.optim import OPTIMIZERS, SGD, Adam, Optimizer, Partition
+from fedtail.optim import OPTIMIZERS, SGD, Adam, Nadam, Optimizer, Partition
 from fedtail.schedule import Constant, Cosine, StepDecay
 
 # One value of every class that a configuration can name, with other than default options where it has any.
@@ -106,6 +108,23 @@ CHOICES = [
     APFL(mix=0.25, adaptive="batch"),
     FedROD(loss=Focal(gamma=1.0)),
     FedProto(lam=0.1, prediction="classifier"),
+    Lightweight(
+        optimizer=Nadam(lr=0.01, beta1=0.8, beta2=0.99, eps=1e-6, clip=1.0),
+        final=SGD(lr=0.1, weight_decay=0.1, decoupled=True),
+        loss=BalancedSoftmax(gamma=0.5),
+        augment=Affine(rotate=0.2, zoom=0.1, shift=0.1, brightness=0.3, composed=True),
+        schedule="notebook",
+        heads="first",
+        refit="kfold-continue",
+        moments="averaged",
+        dual_rounds=3,
+        unfreeze_rounds=(1, 2),
+        final_rounds=4,
+        patience=2,
+        final_patience=3,
+        min_delta=0.01,
+        ignored=1,
+    ),
     CReFF(features_per_class=9, match_lr=0.2, match_steps=8, retrain_lr=0.02, retrain_steps=6),
     fedtail.FedAvg(loss=Focal(gamma=1.0)),
     fedtail.FedAvg(loss=ClassWeighted(by="effective", beta=0.99)),
@@ -130,7 +149,9 @@ CHOICES = [
     partition.Natural(min_size=4),
     specs.MLP(hidden=(), dropout=0.25),
     specs.MLP(hidden=(64, 32)),
-    specs.LeNet(),
+    specs.LeNet(padding=2),
+    specs.BranchCNN(),
+    specs.Unified(branch=specs.MLP(hidden=(7,)), width=16, dropout=0.25),
     specs.ResNet8(norm="batch"),
     specs.ResNet20(norm="group"),
     specs.ResNet18(),

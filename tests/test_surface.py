@@ -20,13 +20,14 @@ SOURCE = Path(fedtail.__file__).parent
 
 # From the bottom to the top: a module imports from its own layer or from lower ones.
 LAYERS = [
-    {"errors", "seeds", "trees", "files", "schedule", "metrics", "optim", "userfile", "states", "checkpoint"},
-    {"models", "models.specs", "models.layers", "models.small", "models.resnet", "models.user"},
+    {"errors", "seeds", "trees", "files", "schedule", "metrics", "optim", "userfile", "states", "checkpoint",
+     "stopping", "student"},
+    {"models", "models.specs", "models.branches", "models.layers", "models.small", "models.resnet", "models.user"},
     {"task"},
-    {"algorithm", "drift", "etf", "geometry", "heads", "local", "losses", "losses.alignment", "losses.base",
-     "losses.logits", "losses.weighted"},
+    {"affine", "algorithm", "drift", "etf", "geometry", "heads", "local", "losses", "losses.alignment", "losses.base",
+     "losses.logits", "losses.weighted", "transplant"},
     {"algorithms", "algorithms.fedavg", "algorithms.fedprox", "algorithms.scaffold", "algorithms.fedgrab",
-     "algorithms.climb", "algorithms.fedrl", "algorithms.eqlv2",
+     "algorithms.climb", "algorithms.fedrl", "algorithms.eqlv2", "algorithms.lightweight",
      "algorithms.fednova", "algorithms.fedopt", "algorithms.feddyn",
      "algorithms.crt", "algorithms.ccvr", "algorithms.creff", "algorithms.posthoc", "algorithms.fedloge",
      "algorithms.fedga", "algorithms.fedlc", "algorithms.fedrs", "algorithms.fedntd", "algorithms.moon",
@@ -44,10 +45,10 @@ LAYERS = [
     {"config"},
     {"federation", "runs"},
     {"experiment"},
-    {"catalogue", "course", "methods", "report", "drawing", "overview", "plots", "asymmetry", "html", "inspection", "terminal",
-     "demo", "tracking", "sweep", "tables", "workers", "checks", "checks.agree", "checks.copes", "checks.problems",
+    {"catalogue", "course", "export", "methods", "report", "drawing", "overview", "plots", "asymmetry", "html", "inspection",
+     "terminal", "demo", "tracking", "sweep", "tables", "workers", "checks", "checks.agree", "checks.copes", "checks.problems",
      "checks.pure", "checks.returns", "checks.rule", "checks.source"},
-    {"cli", "__main__"},
+    {"cli", "options", "__main__"},
 ]  # fmt: skip
 LAYER = {f"fedtail.{name}": i for i, layer in enumerate(LAYERS) for name in layer}
 
@@ -55,10 +56,10 @@ LAYER = {f"fedtail.{name}": i for i, layer in enumerate(LAYERS) for name in laye
 PACKAGES = {
     "torch": None,
     "numpy": None,
-    "safetensors": {"checkpoint", "etf", "states"},
+    "safetensors": {"checkpoint", "etf", "export", "states"},
     "tomli_w": {"config"},
     "PIL": {"data.formats", "data.images"},
-    "tyro": {"cli"},
+    "tyro": {"cli", "options"},
     "rich": {"tables", "inspection", "terminal"},
     "matplotlib": {"drawing", "overview", "plots", "html", "asymmetry"},
 }

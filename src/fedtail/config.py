@@ -56,6 +56,8 @@ class Data:
     """Images of each class kept out of training for model selection, taken before the long-tail cut."""
     server: int = 0
     """Images of each class given to the server, taken before the long-tail cut; for methods that have server data."""
+    client_validation: float = 0.0
+    """Share of each client's examples that it keeps out of training for methods that validate there, in [0, 1)."""
     image_size: int = 0
     """Height and width that images in files of their own are resized to; 0 = a folder's common size, 224 for lists, 64 for
     tiny_imagenet."""
@@ -70,6 +72,8 @@ class Data:
                               f"{self.image_size}, {self.cache_mib} and {self.decode_threads}.")  # fmt: skip
         if self.validation < 0 or self.server < 0:
             raise ConfigError(f"data.validation and data.server must be >= 0, got {self.validation} and {self.server}.")
+        if not 0 <= self.client_validation < 1:
+            raise ConfigError(f"data.client_validation must be in [0, 1), got {self.client_validation}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,5 +34,6 @@ ALGORITHMS: dict[str, str] = {
     "moon": "fedtail.algorithms.moon:MOON",
     "feddecorr": "fedtail.algorithms.feddecorr:FedDecorr",
     "fedsam": "fedtail.algorithms.fedsam:FedSAM",
+    "lightweight": "fedtail.algorithms.lightweight:Lightweight",
 }
 """From the name used in configurations to module:Class."""

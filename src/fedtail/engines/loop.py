@@ -95,7 +95,7 @@ def run_client(
         raise TrainingError(f"Client {number} failed in {stage}{where}of round {round.index}: {type(error).__name__}: {error} "
                             f"{remedy(error)}") from error  # fmt: skip
     means = {name: value / len(plan.lengths) for name, value in sums.items()}
-    result = Result(number, update, weight, state, means, len(setting.data.owners[number]), judged)
+    result = Result(number, update, weight, state, means, len(setting.rows(round)[number]), judged)
     return check_result(result, torch.stack(losses) if losses else None, round)
 
 
