@@ -354,6 +354,10 @@ def dumps(experiment: Experiment) -> str:
     return tomli_w.dumps(to_dict(experiment))
 
 
-def fingerprint(experiment: Experiment) -> str:
-    """Returns a hash of everything that determines the run."""
-    return hashlib.sha256(json.dumps(to_dict(experiment), sort_keys=True).encode()).hexdigest()
+def fingerprint(experiment: Experiment | Mapping[str, Any]) -> str:
+    """Returns a hash of everything that determines the run, of an experiment or of the table in a run folder's config.toml.
+
+    The two are equal but where the run is older than an option: its table, and so the hash in its checkpoints, lacks it.
+    """
+    table = to_dict(experiment) if isinstance(experiment, Experiment) else experiment
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()

@@ -67,6 +67,7 @@ class Federation:
         options, self.reason = resolve(experiment.engine, self.task, size, experiment.local.batch_size)
         experiment.evaluation.finetune.check(self.task)
         self.experiment = dataclasses.replace(experiment, engine=options)
+        self.fingerprint = config.fingerprint(self.experiment)
         self.algorithm = experiment.algorithm
         check_data(experiment, self.data)
         self.counts: torch.Tensor | None = None
@@ -127,7 +128,7 @@ class Federation:
     def snapshot(self, metrics_bytes: int) -> Snapshot:
         """Returns what a checkpoint keeps."""
         meta = {"round": self.round, "stage": self.stage, "best": self.best, "metrics_bytes": metrics_bytes,
-                "transferred": self.transferred, "experiment": config.fingerprint(self.experiment)}  # fmt: skip
+                "transferred": self.transferred, "experiment": self.fingerprint}  # fmt: skip
         return Snapshot(self.server, self.states, meta)
 
     def draw(self, phase: Phase) -> list[int]:
@@ -327,12 +328,13 @@ def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
         raise CheckpointError(f"{path} is not a run folder: it has no config.toml. `fedtail run` makes one.")
     experiment = config.load(path)
     check_device(experiment.device)
-    belongs = config.fingerprint(experiment), experiment.device
+    belongs = config.fingerprint(config.read_toml(path / "config.toml")), experiment.device
     snapshot = load_checkpoint(path / f"{checkpoint}.safetensors", *belongs, experiment.engine.states_bytes())
     kept = path / "initial.safetensors"  # an older run with `start` has none and needs the run that it starts from
     initial: Any = load_checkpoint(kept, *belongs).server if kept.is_file() else None
     federation = Federation(experiment, initial=initial)
     federation.restore(snapshot)
+    federation.fingerprint = belongs[0]
     return federation
 
 
