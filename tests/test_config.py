@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 import fedtail
 from fedtail import config, teachers
+from fedtail.affine import Affine
 from fedtail.algorithm import Algorithm
+from fedtail.algorithms import fedga, fedlc, fedrs
 from fedtail.algorithms.apfl import APFL
 from fedtail.algorithms.ccvr import CCVR
 from fedtail.algorithms.client_distillation import ClientDistillation
@@ -23,19 +25,24 @@ from fedtail.algorithms.ditto import Ditto
 from fedtail.algorithms.eqlv2 import EQLv2
 from fedtail.algorithms.fedbabu import FedBABU
 from fedtail.algorithms.fedbn import FedBN
+from fedtail.algorithms.feddecorr import FedDecorr
 from fedtail.algorithms.feddf import FedDF
 from fedtail.algorithms.feddyn import FedDyn
 from fedtail.algorithms.fedetf import FedETF
 from fedtail.algorithms.fedloge import FedLoGe
 from fedtail.algorithms.fedmd import FedMD
 from fedtail.algorithms.fednova import FedNova
+from fedtail.algorithms.fedntd import FedNTD
 from fedtail.algorithms.fedopt import FedOpt
 from fedtail.algorithms.fedper import FedPer
 from fedtail.algorithms.fedproto import FedProto
 from fedtail.algorithms.fedrep import FedRep
 from fedtail.algorithms.fedrl import FedRL
 from fedtail.algorithms.fedrod import FedROD
+from fedtail.algorithms.fedsam import FedSAM
 from fedtail.algorithms.lg_fedavg import LGFedAvg
+from fedtail.algorithms.lightweight import Lightweight
+from fedtail.algorithms.moon import MOON
 from fedtail.algorithms.pfedme import PFedMe
 from fedtail.algorithms.posthoc import PostHoc
 from fedtail.algorithms.server_distillation import ServerDistillation
@@ -46,6 +53,7 @@ from fedtail.losses import (
     LDAM,
     BalancedSoftmax,
     ClassWeighted,
+    FedGA,
     FedIR,
     FedLC,
     FedRS,
@@ -56,7 +64,7 @@ from fedtail.losses import (
 )
 from fedtail.metrics import OLTR, Cumulative, Explicit, Thirds
 from fedtail.models import specs
-from fedtail.optim import OPTIMIZERS, SGD, Adam, Optimizer, Partition
+from fedtail.optim import OPTIMIZERS, SGD, Adam, Nadam, Optimizer, Partition
 from fedtail.schedule import Constant, Cosine, StepDecay
 
 # One value of every class that a configuration can name, with other than default options where it has any.
@@ -86,6 +94,13 @@ CHOICES = [
         bias="keep",
         personal_bias="private",
     ),
+    fedga.FedGA(form="exact", counts="client", strength=0.5, weights="size"),
+    fedlc.FedLC(tau=0.5),
+    fedrs.FedRS(alpha=0.3, soft=True),
+    FedNTD(beta=0.5, tau=3.0),
+    MOON(mu=1.0, tau=0.2),
+    FedDecorr(beta=0.05, loss=FedGA(form="exact", counts="client", strength=0.5)),
+    FedSAM(rho=0.1),
     FedPer(share_private=True),
     FedRep(head_share=0.25, share_private=True),
     LGFedAvg(share_private=True),
@@ -118,6 +133,23 @@ CHOICES = [
         server_batch=9,
         server_optimizer=Adam(lr=0.01),
         server_cosine=False,
+    ),
+    Lightweight(
+        optimizer=Nadam(lr=0.01, beta1=0.8, beta2=0.99, eps=1e-6, clip=1.0),
+        final=SGD(lr=0.1, weight_decay=0.1, decoupled=True),
+        loss=BalancedSoftmax(gamma=0.5),
+        augment=Affine(rotate=0.2, zoom=0.1, shift=0.1, brightness=0.3, composed=True),
+        schedule="notebook",
+        heads="first",
+        refit="kfold-continue",
+        moments="averaged",
+        dual_rounds=3,
+        unfreeze_rounds=(1, 2),
+        final_rounds=4,
+        patience=2,
+        final_patience=3,
+        min_delta=0.01,
+        ignored=1,
     ),
     CReFF(features_per_class=9, match_lr=0.2, match_steps=8, retrain_lr=0.02, retrain_steps=6),
     fedtail.FedAvg(loss=Focal(gamma=1.0)),
@@ -152,7 +184,9 @@ CHOICES = [
     teachers.Trained(model=specs.LeNet(), on="pooled", epochs=3, lr=0.1),
     specs.MLP(hidden=(), dropout=0.25),
     specs.MLP(hidden=(64, 32)),
-    specs.LeNet(),
+    specs.LeNet(padding=2),
+    specs.BranchCNN(),
+    specs.Unified(branch=specs.MLP(hidden=(7,)), width=16, dropout=0.25),
     specs.ResNet8(norm="batch"),
     specs.ResNet20(norm="group"),
     specs.ResNet18(),

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from fedtail.data.federated import FederatedData
 from fedtail.engines import make_engine
 from fedtail.engines.base import Result, Sink
 from fedtail.engines.choice import activation_bytes, choose, fitting, free_memory, padded_share
+from fedtail.engines.loop import run_client
 from fedtail.engines.processes import ALIGN, Block
 from fedtail.errors import ConfigError, DataError, TrainingError
 from fedtail.experiment import Federation
@@ -600,6 +602,7 @@ LARGE = nn.Sequential(nn.Linear(10, 5000), nn.Linear(5000, 3))  # 55,000 + 15,00
 AT_LIMIT = nn.Sequential(nn.Linear(10, 3571), nn.Linear(3571, 3))  # 11 * 3,571 + 3 * 3,571 + 3 = 49,997
 CONVOLUTION = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
 HUGE = nn.Sequential(nn.Linear(10, 200_000), nn.Linear(200_000, 3))
+LIGHT = "processes" if sys.platform == "linux" else "parallel"
 
 
 @pytest.mark.parametrize(
@@ -608,20 +611,27 @@ HUGE = nn.Sequential(nn.Linear(10, 200_000), nn.Linear(200_000, 3))
         (SMALL, (10,), 25, 2, "vmap"),
         (SMALL, (10,), 25, 1, "vmap"),
         (AT_LIMIT, (10,), 25, 2, "vmap"),
-        (SMALL, (10,), 24, 2, "parallel"),
-        (LARGE, (10,), 100, 2, "parallel"),
+        (SMALL, (10,), 24, 2, LIGHT),
+        (LARGE, (10,), 100, 2, LIGHT),
         (HUGE, (10,), 100, 2, "parallel"),
         (LARGE, (10,), 100, 1, "loop"),
-        (CONVOLUTION, (1, 4, 4), 100, 8, "parallel"),
+        (CONVOLUTION, (1, 4, 4), 100, 8, LIGHT),
         (CONVOLUTION, (1, 4, 4), 1, 8, "loop"),
         (SMALL, (10,), 1, 8, "loop"),
         (SMALL, (10,), 24, 1, "loop"),
     ],
 )
-def test_the_rule_of_auto(module, shape, cohort, cores, expected):
+def test_the_rule_of_auto(module, shape, cohort, cores, expected, monkeypatch):
+    monkeypatch.setattr("threading.active_count", lambda: 1)  # pytest may have threads of its own
     name, reason = choose(task_of(module, shape), cohort, cores)
     assert name == expected
     assert str(cohort) in reason
+
+
+def test_auto_does_not_fork_beside_other_threads(monkeypatch):
+    monkeypatch.setattr("threading.active_count", lambda: 2)
+    assert choose(task_of(CONVOLUTION, (1, 4, 4)), 100, 2) == (
+        "parallel", "100 clients a round on 2 cores, in a process with other threads")  # fmt: skip
 
 
 def test_the_chunk_is_what_half_of_the_free_memory_holds():
@@ -792,6 +802,46 @@ def test_workers_end_with_their_engine():
     assert all(process.is_alive() for process in workers)
     running.close()
     assert not any(process.is_alive() for process in workers)
+
+
+def heavy(worker, item):
+    """Enough work for MKL to keep memory for the thread."""
+    for size in (8, 32, 7, 256):
+        x = torch.randn(size, 3, 32, 32, requires_grad=True)
+        nn.functional.conv2d(x, torch.ones(6, 3, 5, 5)).flatten(1).matmul(torch.ones(6 * 28 * 28, 120)).sum().backward()
+    return threading.get_native_id()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("engine", [EngineOptions(name="parallel", workers=2), PROCESSES], ids=lambda e: e.name)
+def test_a_closed_engine_leaves_no_thread_that_is_still_ending(engine):
+    """A process forked while a thread of MKL ends waits for ever for a lock that nobody gives back."""
+    running = federation(FedAvg(), engine)
+    for _ in range(3):
+        threads = set(running.engine.map_batches(heavy, range(8)))
+        running.engine.close()
+        assert not any(os.path.exists(f"/proc/self/task/{thread}") for thread in threads)
+
+
+@pytest.mark.slow
+def test_processes_fork_again_after_evaluation_threads_have_ended(monkeypatch):
+    """Without the wait in `ParallelEngine.close` about every tenth worker never answers."""
+
+    def rings(*_):
+        raise AssertionError("A worker hangs.")
+
+    monkeypatch.setattr("fedtail.engines.processes.run_client", lambda *args: heavy(None, 0) and run_client(*args))
+    before = signal.signal(signal.SIGALRM, rings)
+    signal.alarm(120)
+    try:
+        with contextlib.closing(federation(FedAvg(), PROCESSES)) as running:
+            for _ in range(25):
+                running.engine.map_batches(heavy, range(4))
+                running.engine.close()
+                running.step()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_block_keeps_what_fits_and_hands_on_the_rest():

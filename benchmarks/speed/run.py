@@ -10,6 +10,7 @@ of their own under benchmarks/speed/.env. All are started first; then, `--repeat
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -62,8 +63,9 @@ def family(pid: int) -> list[int]:
     """Returns a process and all that it has started."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found += family(int(child))
+        with contextlib.suppress(OSError):  # a thread may end while we look
+            for child in task.read_text().split():
+                found += family(int(child))
     return found
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedtail.config import Experiment
 
 Positional = tyro.conf.Positional
+Picture = Literal["partition", "classes", "groups", "curves", "prior", "balance", "clients", "asymmetry", "tradeoff"]
 HELP = """fedtail: federated learning on long-tailed, heterogeneous data
 
 usage: fedtail VERB ... (fedtail VERB --help tells more)
@@ -28,8 +29,9 @@ usage: fedtail VERB ... (fedtail VERB --help tells more)
   run SWEEP            train every row of a table with every seed, several at a time; continues what was stopped
   resume RUN           continue a run that was stopped, bit for bit
   evaluate RUN         scores of a run's checkpoint on a split
+  export RUN           the network as ONNX and safetensors, with size, operations, latency and a model card
   compare RUN...       one table over seeds; refuses runs that differ in more than the method
-  plot KIND RUN...     pictures: partition, classes, groups, curves, prior, balance, clients
+  plot KIND RUN...     pictures: partition, classes, groups, curves, prior, balance, clients, asymmetry, tradeoff
   report RUN...        one self-contained HTML page
   teacher RUN          a teacher beside its student: parameters, operations, latency, memory, accuracy
   inspect EXP          who holds what, and what a round costs, before anything is trained
@@ -85,10 +87,32 @@ def evaluate(
     print(_json(scores) if json else terminal.scores_table(scores))
 
 
+def export(
+    run: Positional[Path],
+    output: Path | None = None,
+    client: int | None = None,
+    checkpoint: Literal["checkpoint", "best"] = "checkpoint",
+) -> None:
+    """Write a run's network as ONNX and safetensors, with what it costs and a model card.
+
+    Args:
+        run: the run folder.
+        output: the folder to write; default: RUN/export.
+        client: a client's index, for its own network; default: the generic one.
+        checkpoint: the latest one, or the best by validation score.
+    """
+    from fedtail import export as module
+
+    folder = output or run / "export"
+    print(module.to_text(module.export(run, folder, client, checkpoint)))
+    print(folder)
+
+
 def compare(
     runs: Positional[tuple[Path, ...]],
     allow: tuple[str, ...] = (),
     format: Literal["text", "markdown", "latex", "csv", "json"] = "text",
+    traffic: bool = False,
 ) -> None:
     """One table: mean and spread over seeds, last round, with the paired difference to the first method and its interval.
 
@@ -96,10 +120,11 @@ def compare(
         runs: run folders.
         allow: dotted keys in which the runs may differ besides the method and the seed, for example data.longtail.
         format: how to print it; in csv and json accuracies are shares in [0, 1].
+        traffic: also a table of the bytes that were sent.
     """
     from fedtail import report, tables
 
-    comparison = report.compare(runs, allow)
+    comparison = report.compare(runs, allow, traffic)
     if format == "json":
         print(_json(tables.to_json(comparison)))
         return
@@ -108,7 +133,7 @@ def compare(
 
 
 def plot(
-    kind: Positional[Literal["partition", "classes", "groups", "curves", "prior", "balance", "clients"]],
+    kind: Positional[Picture],
     runs: Positional[tuple[Path, ...]],
     output: Path | None = None,
 ) -> None:
@@ -117,28 +142,28 @@ def plot(
     Args:
         kind: partition (class x client), classes (accuracy against class frequency), groups (head, medium and tail
             of many methods), curves (over rounds), prior (the analyser's estimate), balance (the balancer's gradients),
-            clients (spread over clients).
+            clients (spread over clients), asymmetry (EA by class over rounds), tradeoff (accuracy against EA).
         runs: run folders; partition, prior and balance take the first.
         output: a .png or .svg file; default: KIND.png.
     """
-    from fedtail import overview, plots
+    from fedtail import asymmetry, overview, plots
     from fedtail import runs as folders
 
     found = [folders.read(run) for run in runs]
     if not found:
         raise ConfigError("plot needs at least one run folder.")
-    first: Any = found[0]
     figure = {
-        "partition": lambda: plots.partition(first.counts),
-        "prior": lambda: plots.prior(first),
-        "balance": lambda: plots.balance(first),
+        "partition": lambda: plots.partition(found[0].counts),
+        "prior": lambda: plots.prior(found[0]),
+        "balance": lambda: plots.balance(found[0]),
         "classes": lambda: plots.classes(found),
         "groups": lambda: overview.groups(found),
         "curves": lambda: plots.curves(found),
         "clients": lambda: plots.clients(found),
+        "asymmetry": lambda: asymmetry.classes(found),
+        "tradeoff": lambda: asymmetry.tradeoff(found),
     }[kind]()
-    path = output or Path(f"{kind}.png")
-    plots.save(figure, path)
+    plots.save(figure, path := output or Path(f"{kind}.png"))
     print(path)
 
 
@@ -321,8 +346,8 @@ def typed(verb: str, options: type, name: str, value: Any, arguments: list[str],
 
 
 TYPED: dict[str, Callable[..., None]] = {
-    "resume": resume, "evaluate": evaluate, "compare": compare, "plot": plot, "report": report, "teacher": teacher,
-    "show": show, "list": list_, "demo": demo, "data get": data_get, "data add": data_add,
+    "resume": resume, "evaluate": evaluate, "export": export, "compare": compare, "plot": plot, "report": report,
+    "teacher": teacher, "show": show, "list": list_, "demo": demo, "data get": data_get, "data add": data_add,
 }  # fmt: skip
 FREE: dict[str, Callable[[list[str]], None]] = {"run": run, "inspect": inspect, "check": check}
 

@@ -22,7 +22,7 @@ from fedtail.config import Experiment
 from fedtail.data.federated import FederatedData
 from fedtail.data.plan import make_plan
 from fedtail.drift import Drift
-from fedtail.engines import distributed, make_engine
+from fedtail.engines import distributed, local_models, make_engine
 from fedtail.engines.base import Engine, Setting, Sink, blame, one_thread
 from fedtail.engines.choice import resolve
 from fedtail.engines.loop import iterate
@@ -67,6 +67,7 @@ class Federation:
         options, self.reason = resolve(experiment.engine, self.task, size, experiment.local.batch_size)
         experiment.evaluation.finetune.check(self.task)
         self.experiment = dataclasses.replace(experiment, engine=options)
+        self.fingerprint = config.fingerprint(self.experiment)
         self.algorithm = experiment.algorithm
         check_data(experiment, self.data)
         self.counts: torch.Tensor | None = None
@@ -75,6 +76,8 @@ class Federation:
             self.counts = torch.from_numpy(totals).to(self.task.device, self.task.dtype)
         shot_groups(experiment.evaluation.groups, self.data)  # a rule that does not fit is refused before training
         self.round, self.stage, self.best = 0, 0, -1.0
+        self.traffic = {"down": 0, "up": 0}  # bytes of the round
+        self.transferred = {"cumulative_down": 0, "cumulative_up": 0}
         self.states = ClientStates(experiment.engine.states_bytes())
         with one_thread(), blame("constants"):
             self.constants = self.algorithm.constants(self.task, generator(experiment.seed, Stream.CONSTANTS))
@@ -86,11 +89,12 @@ class Federation:
         log.info("engine %s: %s", options.name, self.reason)
 
     def _engine(self) -> Engine:
-        task = self.algorithm.stage_task(self.task, self.stage)
-        experiment = self.experiment
+        task, experiment = self.algorithm.stage_task(self.task, self.stage), self.experiment
+        data, judging = self.algorithm.stage_data(self.data, self.stage), experiment.evaluation
         return self._running(
-            Setting(self.algorithm, task, self.data, experiment.local, experiment.seed, self.constants)
-        )
+            Setting(self.algorithm, task, data, experiment.local, experiment.seed, self.constants,
+                    judging.local_models, judging.batch_size, judging.double_softmax)
+        )  # fmt: skip
 
     def _running(self, setting: Setting) -> Engine:
         engine = make_engine(self.experiment.engine, setting)
@@ -113,6 +117,7 @@ class Federation:
         """Continues from a checkpoint."""
         self.server, self.states = snapshot.server, ClientStates.of(snapshot.clients)
         self.round, self.best = snapshot.meta["round"], snapshot.meta["best"]
+        self.transferred = snapshot.meta.get("transferred", self.transferred)  # an older run did not count
         self._set_stage(snapshot.meta["stage"])
 
     def _set_stage(self, stage: int) -> None:
@@ -125,7 +130,7 @@ class Federation:
     def snapshot(self, metrics_bytes: int) -> Snapshot:
         """Returns what a checkpoint keeps."""
         meta = {"round": self.round, "stage": self.stage, "best": self.best, "metrics_bytes": metrics_bytes,
-                "experiment": config.fingerprint(self.experiment)}  # fmt: skip
+                "transferred": self.transferred, "experiment": self.fingerprint}  # fmt: skip
         return Snapshot(self.server, self.states, meta)
 
     def draw(self, phase: Phase) -> list[int]:
@@ -139,13 +144,17 @@ class Federation:
         """Runs one round; returns its record without scores."""
         self.engine.open()
         record: dict[str, Any] = {"round": self.round}
-        trained = 0
+        trained, self.traffic = 0, {"down": 0, "up": 0}
         phases = self.algorithm.phases(self.round, self.experiment.rounds)
         for phase in phases:
             sink = self._phase(phase, trained)
             trained += phase.local
             name = "train" if phase.name == "train" else phase.name
             record[name] = {"clients": len(sink.answers), "examples": sink.examples, **trees.plain(sink.metrics())}
+            if sink.judged != ():
+                record["local_models"] = local_models.scores(sink.judged, self.data.test["y"].numpy(force=True))
+        self.transferred = {f"cumulative_{k}": self.transferred[f"cumulative_{k}"] + v for k, v in self.traffic.items()}
+        record["bytes"] = {**self.traffic, **self.transferred}
         if len(self.data.server):
             record["server"] = self._server_data()
         ctx = self.context()
@@ -166,6 +175,8 @@ class Federation:
         plans = self.engine.setting.plans(ctx.round, trained, ids)
         drift = Drift() if self.experiment.evaluation.drift and phase.local else None
         sink = Sink(list(plans), phase.reduce == "collect", drift, self.experiment.engine.states_bytes())
+        if not plans:  # nobody in the cohort has anything to validate on
+            return sink
         self.engine.cohort(ctx.round, trained, message, self.states, plans, sink)
         total = torch.tensor(sink.total, dtype=self.task.dtype, device=self.task.device)
         with torch.no_grad(), blame("server_collect" if phase.reduce == "collect" else "server_update"):
@@ -174,11 +185,12 @@ class Federation:
                 self.server = self.algorithm.server_collect(ctx, self.server, sink.updates, weights)
             else:
                 self.server = self.algorithm.server_update(ctx, self.server, sink.mean(), total)
+            sent = trees.num_bytes(self.algorithm.sent(ctx, message))
+            self.traffic["down"] += len(ids) * sent  # also to who has no batch
+            self.traffic["up"] += sink.sent_bytes()
         if not trees.all_finite(self.server):
-            raise TrainingError(
-                f"The server state is not finite after round {self.round}, although every update was. Lower "
-                "algorithm.server_lr or the clients' learning rate."
-            )
+            raise TrainingError(f"The server state is not finite after round {self.round}, although every update was. Lower "
+                                "algorithm.server_lr or the clients' learning rate.")  # fmt: skip
         self.states.update(sink.states)
         return sink
 
@@ -301,13 +313,8 @@ def start(federation: Federation, folder: str | Path | None) -> Iterator[RoundRe
     if path is not None:
         try:
             initial = federation.task.initial if federation.experiment.start else None
-            runs.create(
-                path,
-                federation.experiment,
-                runs.partition_arrays(federation.data, federation.newcomers),
-                federation.snapshot(0),
-                initial,
-            )
+            partition = runs.partition_arrays(federation.data, federation.newcomers)
+            runs.create(path, federation.experiment, partition, federation.snapshot(0), initial)
         except BaseException:
             federation.close()
             raise
@@ -330,12 +337,13 @@ def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
         raise CheckpointError(f"{path} is not a run folder: it has no config.toml. `fedtail run` makes one.")
     experiment = config.load(path)
     check_device(experiment.device)
-    belongs = config.fingerprint(experiment), experiment.device
+    belongs = config.fingerprint(config.read_toml(path / "config.toml")), experiment.device
     snapshot = load_checkpoint(path / f"{checkpoint}.safetensors", *belongs, experiment.engine.states_bytes())
     kept = path / "initial.safetensors"  # an older run with `start` has none and needs the run that it starts from
     initial: Any = load_checkpoint(kept, *belongs).server if kept.is_file() else None
     federation = Federation(experiment, initial=initial)
     federation.restore(snapshot)
+    federation.fingerprint = belongs[0]
     return federation
 
 

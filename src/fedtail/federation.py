@@ -53,6 +53,7 @@ def federate(options: Data, seed: int, device: str = "cpu", probe: int = 0) -> F
     owners = options.partition.split(labels[chosen], classes, generator(seed, Stream.PARTITION), users)
     counts = Members.of(owners).class_counts(labels[chosen], classes)
     local = _local_tests(options, seed, labels[chosen], counts, dataset.test.y)
+    owners, own_validation = _hold_out(owners, options.client_validation, seed)
     rows = np.concatenate([chosen, *held])  # only these are kept in memory
     x, y = _with_others(dataset.train.x[rows], labels[rows], options, seed, classes)
     ends = np.cumsum([len(chosen), *map(len, held)])
@@ -62,8 +63,8 @@ def federate(options: Data, seed: int, device: str = "cpu", probe: int = 0) -> F
         {"x": column(x, decoder, device), "y": torch.from_numpy(y).to(device)},
         owners,
         {"x": column(dataset.test.x, decoder, device), "y": torch.from_numpy(dataset.test.y).to(device)},
-        local, classes, dataset.mean, dataset.std, options.augmentation,
-        np.arange(ends[0], ends[1]), server, _sources(dataset, options, len(chosen)),
+        local, classes, *((dataset.mean, dataset.std) if options.normalise else ((), ())), options.augmentation,
+        np.arange(ends[0], ends[1]), server, _sources(dataset, options, len(chosen)), own_validation,
         probe=np.arange(ends[2], ends[3]), class_names=dataset.class_names,
     )  # fmt: skip
 
@@ -86,6 +87,19 @@ def _with_others(x: Any, y: Array, options: Data, seed: int, classes: int) -> tu
     return np.concatenate([x, other.x[rows]]), np.concatenate([y, np.full(wanted, -1, y.dtype)])
 
 
+def _hold_out(owners: Sequence[Array], share: float, seed: int) -> tuple[Sequence[Array], list[Array]]:
+    """Splits each client's rows at random; returns what it trains on and what it validates on (nothing at all: [])."""
+    if not share:
+        return owners, []
+    kept, held = list[Array](), list[Array]()
+    for client, rows in enumerate(owners):
+        order = generator(seed, Stream.CLIENT_VALIDATION, client).permutation(len(rows))
+        size = int(share * len(rows) + 1e-6)  # 60,000 / 6 comes out as 9,999.99...
+        held.append(rows[np.sort(order[:size])])
+        kept.append(rows[np.sort(order[size:])])
+    return kept, held
+
+
 def _local_tests(options: Data, seed: int, labels: Array, counts: Array, test_labels: Array) -> list[Array]:
     """Draws each client's local test set; counts are n_kc, int64 [clients, C]."""
     examples, classes = len(test_labels), counts.shape[1]
@@ -102,6 +116,7 @@ def _sources(dataset: Dataset, options: Data, examples: int) -> tuple[str, ...]:
         f"long tail: {options.longtail!r}, {examples} training examples",
         f"partition: {describe_partition(options.partition)}",
         *([f"server data: images of {options.server_from}, without labels"] if options.server_from else []),
+        *([f"validation at clients: {share:g} of their examples"] if (share := options.client_validation) else []),
     )
 
 
@@ -134,7 +149,7 @@ def check_device(name: str) -> None:
 
 
 def check_data(experiment: Experiment, data: FederatedData) -> None:
-    """Raises ConfigError if the algorithm needs data at the server, or labels of them, that are not there."""
+    """Raises ConfigError if data at the server, labels of them or validation examples at the clients are needed and missing."""
     algorithm, name = experiment.algorithm, name_of(experiment.algorithm)
     if algorithm.needs_server_data and not len(data.server):
         raise ConfigError(
@@ -144,6 +159,11 @@ def check_data(experiment: Experiment, data: FederatedData) -> None:
         raise ConfigError(f"algorithm {name} needs labels of the server's data, but those of data.server_from = "
                           f'"{experiment.data.server_from}" have none of these classes. Leave server_from out, or set the '
                           "weight of the term that needs them (lam_ce) to 0.")  # fmt: skip
+    validates = any(phase.split == "validation" for phase in algorithm.phases(0, experiment.rounds))
+    if validates and not Members.of(data.held).sizes.any():
+        raise ConfigError(
+            f"algorithm {name} validates at the clients: set data.client_validation, for example 0.1666667."
+        )
 
 
 def takers(experiment: Experiment, data: FederatedData) -> tuple[Array, Array]:

@@ -54,6 +54,7 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
 
 
 def processor() -> str:
+    """Returns the name of this machine's processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

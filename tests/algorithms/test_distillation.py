@@ -299,6 +299,34 @@ def test_what_travels_is_what_fedavg_sends():
     assert not any("teacher" in name for name in forms[0][1])
 
 
+def traffic(algorithm, rounds=2):
+    """Bytes of each round, without the sums over rounds, and the clients of its cohort."""
+    found = []
+    with contextlib.closing(federation(algorithm)) as running:
+        for _ in range(rounds):
+            record = running.step()
+            found.append((record["bytes"]["down"], record["bytes"]["up"], record.get("train", {}).get("clients")))
+            running.advance(record)
+    return found
+
+
+@pytest.mark.parametrize("method", [ServerDistillation, ClientDistillation, FedDF], ids=lambda m: m.__name__)
+def test_the_bytes_of_a_distillation_are_those_of_fedavg(method):
+    assert traffic(method(optimizer=PLAIN)) == traffic(FedAvg(optimizer=PLAIN))
+
+
+def test_without_clients_no_byte_travels():
+    assert traffic(ServerDistillation(clients=False)) == [(0, 0, None)] * 2
+
+
+def test_the_bytes_of_fedmd_are_images_once_and_scores_both_ways():
+    """Six images of five features in float64; an update after training is one number. Nothing is sent down in round 0."""
+    first, second = traffic(FedMD(optimizer=PLAIN, public_batches=2, public_batch=3))
+    clients, images, scores = first[2], 8 * 6 * 5, 8 * 6 * CLASSES
+    assert first == (0, 8 * clients, clients)
+    assert second == (clients * (images + scores), clients * (scores + 8), clients)
+
+
 def test_the_model_before_the_servers_steps_is_the_mean_of_what_was_uploaded():
     """In round 0 that is FedAvg's model, whose scores stand under readings."before"."""
     algorithm = ServerDistillation(optimizer=PLAIN)

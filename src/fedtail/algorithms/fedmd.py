@@ -77,6 +77,12 @@ class FedMD(Algorithm):
         size, like = self.public_batches * self.public_batch, next(iter(ctx.task.initial.params.values()))
         return Public(like.new_zeros(size, *ctx.round.columns["x"]), like.new_zeros(size, ctx.task.num_classes))
 
+    def sent(self, ctx: Context, message: Public) -> Tree:
+        """The images to who is asked, then the consensus alone to the same clients; nothing in round 0."""
+        if not ctx.round.index:
+            return ()
+        return message.consensus if ctx.round.phase.local else message.images
+
     def init_client(self, ctx: Context, message: Public, rng: np.random.Generator) -> Variables:
         """The initial network."""
         return ctx.task.initial
