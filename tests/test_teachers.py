@@ -393,6 +393,17 @@ def test_a_trained_network_is_trained_once_and_teaches(here, on, monkeypatch):
         assert torch.equal(running.data.columns["teacher"].values, values)
 
 
+def test_a_trained_network_belongs_to_one_scaling_of_the_inputs(here):
+    """Under `data.normalise = false` it sees other inputs: it is another network, with other scores."""
+    found = []
+    for scaled in (True, False):
+        data = dataclasses.replace(SPLIT, normalise=scaled, client_validation=0.2)
+        with closing(Federation(experiment(Trained(epochs=2), data=data))) as running:
+            found.append(running.data.columns["teacher"].values)
+    assert not torch.equal(*found)
+    assert len(list(here.rglob("trained-*.safetensors"))) == 2
+
+
 def test_a_federated_probe_learns_from_the_clients_labels(here):
     teacher = user("Pixels", head="federated_probe", probe_rounds=15)
     assert teacher.probe_images == 0

@@ -184,9 +184,12 @@ class Teaching:
         x = self.data.columns["x"]
         digest = hashlib.sha256(b"".join(store.digests(x, torch.from_numpy(rows).to(x.device))))
         digest.update(self._labels(rows).numpy().tobytes() + config.fingerprint(experiment).encode())
+        digest.update(repr((self.data.mean, self.data.std)).encode())  # by data.normalise the network sees other inputs
         file = cache_folder() / "teachers" / f"trained-{digest.hexdigest()[:24]}.safetensors"
         none = np.zeros(0, np.int64)
-        data = dataclasses.replace(self.data, owners=[rows], local_tests=[none], augmentation="none", server=none)
+        data = dataclasses.replace(
+            self.data, owners=[rows], local_tests=[none], held=(), augmentation="none", server=none
+        )
         with contextlib.closing(Federation(experiment, data)) as running:
             network = running.module().network
             if file.is_file():
