@@ -35,7 +35,6 @@ from fedtail.errors import CheckpointError, ConfigError
 from fedtail.experiment import Federation, reopen
 from fedtail.files import write_atomic
 from fedtail.optim import Optimizer
-from fedtail.trees import num_bytes
 
 RUNS, WARM = 1000, 50  # timed calls, and untimed ones before them
 SAMPLE = 256  # test examples on which torch and ONNX Runtime are compared
@@ -147,10 +146,10 @@ def sizes(module: nn.Module, image: Tensor, weights: bytes, graph: bytes, optimi
     return {
         "parameters": sum(p.numel() for p in params.values()),
         "multiply_adds_per_image": counter.get_total_flops() // 2,
-        "weights": num_bytes(params),
+        "weights": trees.num_bytes(params),
         "weight_file": len(weights),
         "onnx_file": len(graph),
-        "weights_with_optimizer_moments": num_bytes(params) + moments,
+        "weights_with_optimizer_moments": trees.num_bytes(params) + moments,
         "peak_activations_of_one_image": peak_activations(module, image),
     }
 
