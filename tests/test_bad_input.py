@@ -1,7 +1,6 @@
 """Whatever a user gets wrong ends with a message that says what, where, what was got and what to do; nothing is lost."""
 
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -565,9 +564,7 @@ def test_control_c(finished, tmp_path):
     what = ("--rounds", 30, "--local.epochs", 1, "--engine.name", "parallel", "--engine.workers", 2)
     folder, whole = tmp_path / "a run", tmp_path / "whole"
     command = [sys.executable, "-m", "fedtail", "run", *map(str, what), "--output", str(folder)]
-    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True, preexec_fn=heeding) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for _ in itertools.count():
             if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_bytes().count(b"\n") >= 3:
                 break
