@@ -29,7 +29,7 @@ from fedtail.engines import EngineOptions
 from fedtail.experiment import Federation
 from fedtail.local import delta, descend, sgd_step, start
 from fedtail.losses import LOSSES, LogitAdjustment, Loss, cross_entropy, one_hot
-from fedtail.optim import SGD, Adam, Params, Partition
+from fedtail.optim import SGD, Adam, Nadam, Params, Partition
 from fedtail.task import Draw, Task, Variables
 
 __all__ = ["CLASSES", "LOOP", "ROUNDS", "federated", "form"]  # of the package's problems, which the tests share
@@ -334,8 +334,16 @@ def _cases() -> dict[str, Algorithm]:
             found.update({f"{name}-{how}": cls(optimizer=PLAIN, aggregate=how) for how in ("odds", "max", "soft")})
         elif name == "climb":  # weights that move within three rounds
             found[name] = cls(optimizer=PLAIN, lr_dual=30.0, eps=0.1, period=2)
+        elif name == "lightweight":  # both stages within three rounds
+            short = {"dual_rounds": 1, "unfreeze_rounds": (1,)}
+            found[name] = cls(optimizer=PLAIN, final=PLAIN, **short)
+            nadam = Nadam(lr=0.01, eps=1e-4)
+            found[f"{name}-averaged"] = cls(
+                optimizer=nadam, moments="averaged", schedule="notebook", heads="first", **short
+            )
         else:
             found[name] = cls(optimizer=PLAIN)
+    found["fedmd"] = config.resolve(Algorithm, "fedmd")(optimizer=PLAIN, public_batches=2, public_batch=3)
     avg = config.resolve(Algorithm, "fedavg")
     # eps 1e-4: where a gradient is nearly 0, Adam scales its rounding up
     found["fedavg-adam"] = avg(optimizer=Adam(lr=0.01, eps=1e-4, weight_decay=0.01, clip=1.0), server_lr=0.7)
@@ -343,6 +351,11 @@ def _cases() -> dict[str, Algorithm]:
     found["fedavg-nesterov"] = avg(optimizer=SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01, clip=0.5))
     opt = config.resolve(Algorithm, "fedopt")
     found.update({f"fedopt-{server}": opt(optimizer=PLAIN, server=server) for server in ("avgm", "yogi", "adagrad")})
+    distillation = config.resolve(Algorithm, "server_distillation")
+    terms = distillation(optimizer=PLAIN, lam_kd=0.5, lam_feat=0.7, lam_ce=0.3, server_steps=3, server_batch=5,
+                         server_optimizer=SGD(lr=0.05), server_cosine=False)  # fmt: skip
+    found["server_distillation-terms"] = terms
+    found["server_distillation-alone"] = dataclasses.replace(terms, clients=False, lam_feat=0.0)
     found["fednova-proximal"] = config.resolve(Algorithm, "fednova")(optimizer=SGD(lr=0.1, momentum=0.0), mu=0.7)
     ga = config.resolve(Algorithm, "fedga")
     found["fedga-exact"] = ga(optimizer=PLAIN, form="exact", counts="client", strength=0.7, weights="size")
@@ -366,7 +379,8 @@ def experiment(case: str, problem: str, engine: EngineOptions = LOOP, seed: int 
 def federation(case: str, problem: str, engine: EngineOptions = LOOP, seed: int = 0) -> Federation:
     """Returns a federation that is ready for round 0."""
     chosen = PROBLEMS[problem]
-    return Federation(experiment(case, problem, engine, seed), federated(chosen.sizes, chosen.images))
+    columns = (*CASES[case].columns, *CASES[case].server_columns)
+    return Federation(experiment(case, problem, engine, seed), federated(chosen.sizes, chosen.images, columns))
 
 
 class Outcome(NamedTuple):
@@ -383,7 +397,7 @@ class Outcome(NamedTuple):
 def outcome(case: str, problem: str, engine: EngineOptions = LOOP, seed: int = 0) -> Outcome:
     """Runs a case on a problem; the last record holds scores."""
     running = federation(case, problem, engine, seed)
-    found = Outcome([], [], [], [], running.task.initial)
+    found = Outcome([], [], [], [], running.engine.setting.task.initial)
     try:
         for index in range(ROUNDS):
             found.stages.append(running.stage)

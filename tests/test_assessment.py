@@ -22,6 +22,7 @@ from fedtail.data.partition import ClassSpecific
 from fedtail.errors import CheckpointError, ConfigError
 from fedtail.generation import Sampler
 from fedtail.models.specs import DCGAN28
+from fedtail.teachers import loading
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_principal_components():
 
 
 def test_the_imagenet_encoder(tmp_path, monkeypatch):
-    """With packages of the same form: pixels as (p - 127) / 128, RGB, 128 wide; another file is refused."""
+    """With packages of the same form: pixels as (p - 127) / 128, RGB, 128 wide."""
 
     class EfficientNet(torch.nn.Linear):
         from_name = classmethod(lambda cls, name: cls(1, 1, bias=False))
@@ -98,17 +99,12 @@ def test_the_imagenet_encoder(tmp_path, monkeypatch):
         module = types.ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    with pytest.raises(ConfigError, match="does not hold the weights that fedtail knows"):
-        extractors.EfficientNetLite0()
-    monkeypatch.setattr(extractors, "LITE0", extractors.hashlib.sha256(path.read_bytes()).hexdigest())
-    found = extractors.EfficientNetLite0().features(torch.full((3, 1, 8, 8), 1.0))
-    np.testing.assert_allclose(found, np.full((3, 3), 2 * (255 - 127) / 128), rtol=1e-6)
-
-
-def test_the_encoder_without_its_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(ConfigError, match=r'needs an extra .* pip install "fedtail\[teachers\]"'):
-        extractors.EfficientNetLite0()
+    monkeypatch.setattr(loading, "LITE0", loading.sha256(path))
+    net = extractors.feature_net("efflite0", load("digits"))
+    assert "efficientnet-lite0, ImageNet, 128 pixels, " + loading.sha256(path)[:12] == net.name
+    np.testing.assert_allclose(
+        net.features(torch.full((3, 1, 8, 8), 1.0)), np.full((3, 3), 2 * (255 - 127) / 128), rtol=1e-6
+    )
 
 
 class Stub(torch.nn.Module):

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedtail
-from fedtail import config
+from fedtail import config, teachers
+from fedtail.affine import Affine
 from fedtail.algorithm import Algorithm
 from fedtail.algorithms import fedga, fedlc, fedrs
 from fedtail.algorithms.apfl import APFL
 from fedtail.algorithms.ccvr import CCVR
+from fedtail.algorithms.client_distillation import ClientDistillation
 from fedtail.algorithms.climb import CLIMB
 from fedtail.algorithms.creff import CReFF
 from fedtail.algorithms.crt import CRT
@@ -25,10 +27,12 @@ from fedtail.algorithms.eqlv2 import EQLv2
 from fedtail.algorithms.fedbabu import FedBABU
 from fedtail.algorithms.fedbn import FedBN
 from fedtail.algorithms.feddecorr import FedDecorr
+from fedtail.algorithms.feddf import FedDF
 from fedtail.algorithms.feddyn import FedDyn
 from fedtail.algorithms.fedetf import FedETF
 from fedtail.algorithms.fedgan import FedGAN
 from fedtail.algorithms.fedloge import FedLoGe
+from fedtail.algorithms.fedmd import FedMD
 from fedtail.algorithms.fednova import FedNova
 from fedtail.algorithms.fedntd import FedNTD
 from fedtail.algorithms.fedopt import FedOpt
@@ -39,10 +43,12 @@ from fedtail.algorithms.fedrl import FedRL
 from fedtail.algorithms.fedrod import FedROD
 from fedtail.algorithms.fedsam import FedSAM
 from fedtail.algorithms.lg_fedavg import LGFedAvg
+from fedtail.algorithms.lightweight import Lightweight
 from fedtail.algorithms.mdgan import MDGAN
 from fedtail.algorithms.moon import MOON
 from fedtail.algorithms.pfedme import PFedMe
 from fedtail.algorithms.posthoc import PostHoc
+from fedtail.algorithms.server_distillation import ServerDistillation
 from fedtail.algorithms.uagan import UAGAN
 from fedtail.config import REGISTRIES, Data, Evaluation, Experiment, Participation, from_dict, to_dict
 from fedtail.data import longtail, partition
@@ -62,7 +68,7 @@ from fedtail.losses import (
 )
 from fedtail.metrics import OLTR, Cumulative, Explicit, Thirds
 from fedtail.models import specs
-from fedtail.optim import OPTIMIZERS, SGD, Adam, Optimizer, Partition
+from fedtail.optim import OPTIMIZERS, SGD, Adam, Nadam, Optimizer, Partition
 from fedtail.schedule import Constant, Cosine, StepDecay
 
 # One value of every class that a configuration can name, with other than default options where it has any.
@@ -114,6 +120,45 @@ CHOICES = [
     APFL(mix=0.25, adaptive="batch"),
     FedROD(loss=Focal(gamma=1.0)),
     FedProto(lam=0.1, prediction="classifier"),
+    ServerDistillation(
+        lam_kd=0.5,
+        lam_feat=0.2,
+        lam_ce=0.1,
+        temperature=4.0,
+        server_steps=7,
+        server_images=3,
+        server_batch=9,
+        server_optimizer=SGD(lr=0.2),
+        server_cosine=False,
+        clients=False,
+    ),
+    FedMD(public_batches=3, public_batch=8),
+    ClientDistillation(lam=0.3, temperature=1.5),
+    FedDF(
+        temperature=2.0,
+        server_steps=3,
+        server_images=2,
+        server_batch=9,
+        server_optimizer=Adam(lr=0.01),
+        server_cosine=False,
+    ),
+    Lightweight(
+        optimizer=Nadam(lr=0.01, beta1=0.8, beta2=0.99, eps=1e-6, clip=1.0),
+        final=SGD(lr=0.1, weight_decay=0.1, decoupled=True),
+        loss=BalancedSoftmax(gamma=0.5),
+        augment=Affine(rotate=0.2, zoom=0.1, shift=0.1, brightness=0.3, composed=True),
+        schedule="notebook",
+        heads="first",
+        refit="kfold-continue",
+        moments="averaged",
+        dual_rounds=3,
+        unfreeze_rounds=(1, 2),
+        final_rounds=4,
+        patience=2,
+        final_patience=3,
+        min_delta=0.01,
+        ignored=1,
+    ),
     CReFF(features_per_class=9, match_lr=0.2, match_steps=8, retrain_lr=0.02, retrain_steps=6),
     fedtail.FedAvg(loss=Focal(gamma=1.0)),
     fedtail.FedAvg(loss=ClassWeighted(by="effective", beta=0.99)),
@@ -136,9 +181,20 @@ CHOICES = [
     partition.QuantitySkew(clients=8, alpha=0.7, min_size=2),
     partition.RotatedTails(clients=20, factor=5.0),
     partition.Natural(min_size=4),
+    teachers.NoTeacher(),
+    teachers.EfficientNetLite0(head="federated_probe", probe_rounds=3, pixels=128),
+    teachers.EfficientNetLite2(probe=9, probe_decay=0.1, batch_size=7),
+    teachers.Timm(model="resnet18", weights="a.safetensors", sha256="ab", mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0)),
+    teachers.DINOv2(weights="b.pth"),
+    teachers.OpenCLIP(prompts=("{class}",), class_names=("cat", "dog")),
+    teachers.CLIP(head="linear_probe", model="RN50-quickgelu"),
+    teachers.UserTeacher(target="nets/mine.py:Net", version="2", head="linear_probe", mean=(0.1,), std=(0.2,)),
+    teachers.Trained(model=specs.LeNet(), on="pooled", epochs=3, lr=0.1),
     specs.MLP(hidden=(), dropout=0.25),
     specs.MLP(hidden=(64, 32)),
-    specs.LeNet(),
+    specs.LeNet(padding=2),
+    specs.BranchCNN(),
+    specs.Unified(branch=specs.MLP(hidden=(7,)), width=16, dropout=0.25),
     specs.ResNet8(norm="batch"),
     specs.ResNet20(norm="group"),
     specs.ResNet18(),
@@ -162,6 +218,7 @@ PLACES = {
     config.GroupRule: ("evaluation", "groups"),
     config.Schedule: ("schedule",),
     Algorithm: ("algorithm",),
+    teachers.Teacher: ("teacher",),
 }
 
 
@@ -261,6 +318,8 @@ def others(hint, value):
         return [value + "2"]
     if isinstance(value, dict):
         return [{**value, "another": 1}]
+    if typing.get_args(hint)[0] is str:
+        return [(*value, "a {class}")]
     return [(*value, 77), (*value, 0.5), value[1:]]  # a tuple
 
 
@@ -307,6 +366,8 @@ def test_the_fingerprint_changes_with_every_field(experiment):
         "algorithm.optimizer.nesterov",
         "data.partition.min_size",
         "autocast",
+        "teacher.mean",  # one without the other
+        "teacher.std",
     }
     assert set(leaves(experiment)) - set(changed) <= alone
     for other in changed.values():

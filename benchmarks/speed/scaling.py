@@ -7,7 +7,6 @@ scaling.md.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -63,12 +62,13 @@ def setting(cohort: int, population: int, model: str) -> dict[str, Any]:
         "participation": {"clients": cohort}, "evaluation": {"every": 10**6, "local": False},
         "engine": {"name": "parallel"},
     })  # fmt: skip
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = status("VmHWM")
     begun = time.perf_counter()
     federation = Federation(experiment, data)
     with tempfile.TemporaryDirectory() as folder:
         rounds = start(federation, Path(folder) / "run")
         stored = time.perf_counter() - begun
+        peak = status("VmHWM")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
         ready = status("VmRSS")
         next(rounds)
@@ -77,11 +77,10 @@ def setting(cohort: int, population: int, model: str) -> dict[str, Any]:
             begun = time.perf_counter()
             next(rounds)
             seconds.append(time.perf_counter() - begun)
-        rounds_own = status("VmHWM") - ready
+        rounds_own, peak = status("VmHWM") - ready, max(peak, status("VmHWM"))
         rounds.close()  # type: ignore[attr-defined]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"partition_seconds": partition, "setup_and_store_seconds": stored,
-            "round_seconds": seconds, "memory_mib": peak / 1024, "before_mib": before / 1024,
+            "round_seconds": seconds, "memory_mib": peak, "before_mib": before,
             "rounds_mib": rounds_own}  # fmt: skip
 
 

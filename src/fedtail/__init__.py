@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedtail.experiment import RoundResult, load, resume, run
     from fedtail.local import Local, delta, descend, sgd_step, start
     from fedtail.losses import cross_entropy
-    from fedtail.optim import SGD, Adam
+    from fedtail.optim import SGD, Adam, Nadam
     from fedtail.personalise import Finetune
     from fedtail.runs import RunRecord, read
     from fedtail.task import Draw, Variables
@@ -33,18 +33,18 @@ _WHERE = {
     "Adam": "optim", "Algorithm": "algorithm", "Batch": "algorithm", "Client": "algorithm", "Context": "algorithm",
     "Data": "config", "Draw": "task", "EngineOptions": "engines", "Evaluation": "evaluate", "Experiment": "config",
     "FedAvg": "algorithms.fedavg", "FedGraB": "algorithms.fedgrab", "FedProx": "algorithms.fedprox",
-    "FedtailError": "errors", "Finetune": "personalise", "Local": "local", "LocalWork": "data.plan",
-    "Participation": "data.plan",
-    "Phase": "algorithm", "Round": "algorithm", "RoundResult": "experiment", "RunRecord": "runs", "SGD": "optim",
-    "Scaffold": "algorithms.scaffold", "Variables": "task", "check": "checks", "cross_entropy": "losses",
+    "FedtailError": "errors", "Finetune": "personalise", "Local": "local", "LocalWork": "data.plan", "Nadam": "optim",
+    "Participation": "data.plan", "Phase": "algorithm", "Round": "algorithm", "RoundResult": "experiment",
+    "RunRecord": "runs", "SGD": "optim", "Scaffold": "algorithms.scaffold",
+    "Variables": "task", "check": "checks", "cross_entropy": "losses",
     "delta": "local", "descend": "local", "load": "experiment", "read": "runs", "resume": "experiment", "run": "experiment",
     "sgd_step": "local", "start": "local",
 }  # fmt: skip
 
 __all__ = [
     "SGD", "Adam", "Algorithm", "Batch", "Client", "Context", "Data", "Draw", "EngineOptions", "Evaluation",
-    "Experiment", "FedAvg", "FedGraB", "FedProx", "FedtailError", "Finetune", "Local", "LocalWork", "Participation", "Phase",
-    "Round", "RoundResult", "RunRecord", "Scaffold", "Variables", "check", "cross_entropy", "delta", "descend", "load",
+    "Experiment", "FedAvg", "FedGraB", "FedProx", "FedtailError", "Finetune", "Local", "LocalWork", "Nadam", "Participation",
+    "Phase", "Round", "RoundResult", "RunRecord", "Scaffold", "Variables", "check", "cross_entropy", "delta", "descend", "load",
     "read", "resume", "run", "sgd_step", "start",
 ]  # fmt: skip
 

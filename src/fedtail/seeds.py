@@ -25,9 +25,11 @@ class Stream(IntEnum):
     SERVER_DATA = 12
     PROBLEM = 13  # made-up data of tests and examples
     NEWCOMERS = 14
-    SAMPLES = 15  # latents that images are drawn from: key (generator,); their order: no key
-    QUALITY = 16  # a judge's own training, subsets of KID
-    ROUND = 17  # random tensors that a round's server and clients share: key (round, crc32 of the name)
+    CLIENT_VALIDATION = 15  # key (client,)
+    PROBE = 16  # labelled images of a teacher's head
+    SAMPLES = 17  # latents that images are drawn from: key (generator,); their order: no key
+    QUALITY = 18  # a judge's own training, subsets of KID
+    ROUND = 19  # random tensors that a round's server and clients share: key (round, crc32 of the name)
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

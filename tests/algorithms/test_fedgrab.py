@@ -386,6 +386,17 @@ def test_8_the_gate_waits_for_warm_estimates_and_for_norms_that_differ():
     assert torch.equal(sent([1.11, 1, 1, 1], 5), prior)
 
 
+def test_the_first_estimate_can_be_of_the_classifier_that_training_begins_with():
+    with contextlib.closing(federation(FedGraB(optimizer=SGD(lr=0.1), initial_prior=True))) as running:
+        first = analyse(running.task.initial.params["head.weight"])
+        assert float(first.max()) > float(first.min())
+        assert torch.equal(running.server.prior, first)
+        running.advance(running.step())
+        second = analyse(running.server.model.params["head.weight"])
+        torch.testing.assert_close(running.server.prior, (first + second) / 2)
+        assert float(running.server.estimates) == 2
+
+
 # 6.1 item 9 (item 10 is in test_limits.py) ----------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import fedtail
 from fedtail import config, trees
 from fedtail.checkpoint import Snapshot, load_checkpoint, save_checkpoint
+from fedtail.checks.problems import fitting
 from fedtail.config import Data, Evaluation, Experiment, Participation
 from fedtail.data.longtail import Exponential
 from fedtail.data.partition import DirichletMultinomial
@@ -28,19 +29,15 @@ from fedtail.engines.base import Sink
 from fedtail.errors import ConfigError
 from fedtail.experiment import Federation
 from fedtail.models.specs import DCGAN28, MLP
+from fedtail.teachers import Trained
 
 PARALLEL = EngineOptions(name="parallel", workers=3)
 VMAP = EngineOptions(name="vmap")
 
 # Everything on ragged clients; variants of a method (gates, optimizers) only there, but for Adam after BatchNorm.
-VARIANTS = [
-    case
-    for case in CASES
-    if case.startswith(
-        ("fedgrab-", "fedavg-", "fedopt-", "fednova-", "fedga-", "fedrs-", "fedgan-", "effgan-", "uagan-")
-    )
-    and case not in ("fedgrab-rank", "fedavg-adam")
-]
+OF = ("fedgrab-", "fedavg-", "fedopt-", "fednova-", "fedga-", "fedrs-", "lightweight-", "server_distillation-", "fedgan-",
+      "effgan-", "uagan-")  # fmt: skip
+VARIANTS = [case for case in CASES if case.startswith(OF) and case not in ("fedgrab-rank", "fedavg-adam")]
 every_case = pytest.mark.parametrize("case", CASES)
 every_problem = pytest.mark.parametrize(
     ("case", "name"), [(c, n) for c in CASES for n in PROBLEMS if n == "ragged" or c not in VARIANTS]
@@ -67,7 +64,7 @@ def gap(a, b):
         gaps += [distance(x[i], y[i]) for i in x]
     for x, y in zip(a.records, b.records, strict=True):
         assert x.keys() == y.keys()
-        for part in ("train", "tune", "judge", "gather", "finetune", "server", "diagnostics"):
+        for part in ("train", "tune", "judge", "gather", "finetune", "server", "diagnostics", "bytes"):
             if part in x:
                 assert x[part].keys() == y[part].keys()
                 found, expected = (torch.cat([torch.as_tensor(v).double().flatten() for v in r[part].values()] or
@@ -164,7 +161,7 @@ def test_the_order_of_a_cohort_does_not_matter(case, engine):
             plans = setting.plans(ctx.round, 0, order)
             sink = Sink(list(plans), phase.reduce == "collect")
             running.engine.cohort(ctx.round, 0, message, running.states, plans, sink)
-            received = tuple(sink.updates) if phase.reduce == "collect" else sink.mean()
+            received = tuple(sink.updates) if sink.collect else sink.mean()
             found.append((received, by_name(sink.states), sink.metrics()))
     assert trees.equal(found[0], found[1])
     assert trees.equal(found[0], found[2])
@@ -211,16 +208,27 @@ def test_every_trainable_tensor_and_every_statistic_moves(case, name):
     done = outcome(case, name)
     frozen = "head." if case == "fedgrab-release" else None
     before = done.initial
-    # FedProto's server has no model; its client 0 trains in every round
-    models = [s[0] for s in done.states] if case == "fedproto" else [model_of(server) for server in done.servers]
+    # these servers have no model; their client 0 trains in every round
+    models = (
+        [s[0] for s in done.states] if case in ("fedproto", "fedmd") else [model_of(server) for server in done.servers]
+    )
     for index, now in enumerate(models):
         last = index == ROUNDS - 1
         head_alone = case in ("crt", "ccvr") and last  # what they do after training
         if case.startswith("effgan") and last:  # its experts have slots of their own
             assert trees.equal(now, before)
             continue
+        unfrozen = (
+            {"lightweight": ("head.",), "lightweight-averaged": ("branch", "hidden.")}.get(case, ())
+            if index == 1
+            else ()
+        )
         for key, value in now.params.items():
             trained = not (frozen and key.startswith(frozen)) and not (head_alone and not key.startswith("head."))
+            if (
+                unfrozen and key in before.params
+            ):  # the head is new in that round, and the second classifier in `averaged`
+                trained = key.startswith(unfrozen)
             old = before.params.get(key, torch.ones_like(value))  # the factor that `Staged` adds starts at one
             assert torch.equal(value, old) != trained, f"{key} in round {index}"
         for key, value in now.buffers.items():
@@ -237,10 +245,15 @@ def test_the_configuration_survives_json_and_toml(case):
 
 def resumable(case, **changes):
     """A small experiment on data that a run folder can name."""
+    columns = {*CASES[case].columns, *CASES[case].server_columns}
+    if "teacher" in columns:
+        changes["teacher"] = Trained(probe=2, epochs=1, model=MLP(hidden=(8,)))
+    data = Data(longtail=Exponential(factor=50.0), partition=DirichletMultinomial(clients=5), server=2, validation=2,
+                client_validation=0.2 if CASES[case].needs_branches else 0.0)  # fmt: skip
     values = dict(
-        rounds=4, algorithm=CASES[case], model=MLP(hidden=(12,)), local=LocalWork(steps=2, batch_size=8),
-        data=Data(longtail=Exponential(factor=50.0), partition=DirichletMultinomial(clients=5), server=2, validation=2),
-        participation=Participation(clients=3), evaluation=Evaluation(every=2, keep="best"), engine=LOOP,
+        rounds=4, algorithm=CASES[case], model=fitting(CASES[case], MLP(hidden=(12,))), data=data,
+        local=LocalWork(steps=2, batch_size=8), participation=Participation(clients=3),
+        evaluation=Evaluation(every=2, keep="best"), engine=LOOP,
     )  # fmt: skip
     if CASES[case].generative:  # on images of 8 x 8
         values |= {"model": DCGAN28(width=2, latent=3), "evaluation": Evaluation(every=2),

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fedtail
+from fedtail import sweep
 from fedtail.data import catalog, formats, svhn
 from fedtail.data.catalog import load
 from fedtail.data.dataset import channel_statistics
 from fedtail.data.entries import DIGITS_FILE, PROTOCOL_NORMALISATION, REGISTRY, Download
 from fedtail.errors import ConfigError, DataError
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 def idx(array):
@@ -408,3 +412,35 @@ def test_svhn_without_scipy_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(DataError, match=r'need the package scipy .*pip install "fedtail\[data\]"'):
         svhn.read_svhn(tmp_path)
+
+
+# --- FedGA's settings for sets that are not here
+
+
+def first_round(name, folder):
+    """Runs a round of FedGA by its preset for a set, on two clients that hold something of every class; returns its record."""
+    plan = sweep.load(EXPERIMENTS / f"fedga_protocol_{name}.toml")
+    experiment = next(run.experiment for run in plan.runs if run.row == "fedga")
+    data = replace(experiment.data, folder=str(folder), server=0,
+                   partition=replace(experiment.data.partition, clients=2, alpha=100.0))  # fmt: skip
+    small = replace(experiment, rounds=1, data=data, evaluation=replace(experiment.evaluation, local_models=1))
+    [result] = fedtail.run(small)
+    return result.record
+
+
+def test_the_preset_for_svhn_starts(cache, monkeypatch):
+    svhn_files(cache, (60, 20))
+    monkeypatch.setitem(REGISTRY, "svhn", replace(REGISTRY["svhn"], sizes=(60, 20), downloads=()))
+    monkeypatch.setattr(catalog, "md5", None)  # there is none to compare with
+    record = first_round("svhn", cache)
+    assert record["train"]["clients"] == record["local_models"]["clients"] == 2
+    assert len(record["test"]["error_asymmetry"]) == 10
+
+
+def test_the_preset_for_cifar100_starts(cache, monkeypatch):
+    rng = np.random.default_rng(0)
+    for name, each in (("train.bin", 6), ("test.bin", 1)):
+        records = [bytes([fine // 5, fine]) + rng.bytes(3072) for fine in range(100) for _ in range(each)]
+        (cache / name).write_bytes(b"".join(records))
+    monkeypatch.setitem(REGISTRY, "cifar100", replace(REGISTRY["cifar100"], sizes=(600, 100)))
+    assert len(first_round("cifar100", cache)["local_models"]["error_asymmetry_after"]) == 100

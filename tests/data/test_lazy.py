@@ -11,6 +11,7 @@ import pytest
 import torch
 from contract_problem import Staged
 from PIL import Image
+from test_catalog import first_round
 
 import fedtail
 from fedtail import cli, config
@@ -527,6 +528,12 @@ def test_presets_of_large_sets_can_be_inspected(name, request):
     assert facts["class_totals"] == [5, 3, 2]
     assert facts["clients"] == (20 if name == "imagenet_lt" else 3)
     assert isinstance(preset.evaluation.groups, OLTR)
+
+
+def test_the_preset_for_tiny_imagenet_starts(tiny):
+    record = first_round("tiny_imagenet", tiny)
+    assert record["train"]["clients"] == record["local_models"]["clients"] == 2
+    assert len(record["local_models"]["recall_after"]) == 3
 
 
 def test_preset_of_cifar100_is_the_protocol_s_setting():

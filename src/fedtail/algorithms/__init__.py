@@ -38,5 +38,10 @@ ALGORITHMS: dict[str, str] = {
     "moon": "fedtail.algorithms.moon:MOON",
     "feddecorr": "fedtail.algorithms.feddecorr:FedDecorr",
     "fedsam": "fedtail.algorithms.fedsam:FedSAM",
+    "lightweight": "fedtail.algorithms.lightweight:Lightweight",
+    "server_distillation": "fedtail.algorithms.server_distillation:ServerDistillation",
+    "client_distillation": "fedtail.algorithms.client_distillation:ClientDistillation",
+    "feddf": "fedtail.algorithms.feddf:FedDF",
+    "fedmd": "fedtail.algorithms.fedmd:FedMD",
 }
 """From the name used in configurations to module:Class."""

@@ -128,6 +128,8 @@ class FedGraB(Algorithm):
     """Bypass probability of the rarest class under the rank gates, in (0, 1]; .1 in the authors' code."""
     warm: int = 3
     """Number of estimates before the gate acts, >= 0."""
+    initial_prior: bool = False
+    """Counts the classifier that training begins with as the first estimate: for a trained one, which `start` brings."""
     freeze_prior: int = 0
     """Round after which the prior is kept as it is; 0 = never."""
     order: Literal["prior", "class_id"] = "prior"
@@ -153,10 +155,10 @@ class FedGraB(Algorithm):
         return {"bypass": Draw("uniform", (task.num_classes,))}
 
     def init_server(self, ctx: Context, rng: np.random.Generator) -> Server:
-        """The initial model, no estimate."""
-        self._rows(ctx, ctx.task.initial)
-        zeros = torch.zeros(ctx.task.num_classes, dtype=ctx.task.dtype, device=ctx.task.device)
-        return Server(ctx.task.initial, zeros, zeros[0].clone())
+        """The initial model; no estimate, or that of its classifier."""
+        rows = self._rows(ctx, ctx.task.initial)
+        estimates = torch.full((), float(self.initial_prior), dtype=ctx.task.dtype, device=ctx.task.device)
+        return Server(ctx.task.initial, estimates * analyse(rows), estimates)
 
     def _rows(self, ctx: Context, model: Variables) -> Tensor:
         if ctx.task.classifier is None:

@@ -27,7 +27,7 @@ from fedtail.engines import EngineOptions
 from fedtail.engines.base import Sink
 from fedtail.experiment import Federation
 from fedtail.models.layers import Network
-from fedtail.models.specs import MLP, ModelSpec, UserModel
+from fedtail.models.specs import MLP, ModelSpec, Unified, UserModel
 from fedtail.schedule import Constant, Schedule
 from fedtail.task import Variables
 from fedtail.trees import Tree
@@ -117,7 +117,14 @@ def federated(
         {"x": x[train:], "y": labels[train:]}, [np.arange(5 * i, 5 * i + 5) for i in range(len(sizes))], CLASSES,
         mean=(0.4,) if images else (), std=(0.2,) if images else (), augmentation="crop_flip" if images else "none",
         server=np.arange(held, train),
+        held=[np.arange(held + i, min(held + i + 2, train)) if i else np.zeros(0, np.int64) for i in range(len(sizes))]
+        if len(sizes) > 1 else [np.arange(held, train)],
     )  # fmt: skip
+
+
+def fitting(algorithm: Algorithm, model: ModelSpec) -> ModelSpec:
+    """Returns the model for an algorithm: itself, or two branches of it."""
+    return Unified(branch=model, width=5) if algorithm.needs_branches else model
 
 
 def experiment(
@@ -129,7 +136,7 @@ def experiment(
     if algorithm.generative:
         model = pair(dropout=model.dropout) if isinstance(model, MLP) and model.dropout else pair()
     return Experiment(
-        seed=seed, rounds=ROUNDS, algorithm=algorithm, model=model, dtype="float64", engine=engine,
+        seed=seed, rounds=ROUNDS, algorithm=algorithm, model=fitting(algorithm, model), dtype="float64", engine=engine,
         local=LocalWork(epochs=2, batch_size=4), participation=Participation(clients=chosen.clients),
         schedule=schedule, evaluation=Evaluation(every=ROUNDS),
     )  # fmt: skip
@@ -186,7 +193,8 @@ class Subject:
     ) -> Federation:  # fmt: skip
         """Returns a federation that is ready for round 0."""
         chosen = PROBLEMS[problem]
-        data = federated(chosen.sizes, chosen.images, self.algorithm.columns, complete=True)
+        wanted = (*self.algorithm.columns, *self.algorithm.server_columns)
+        data = federated(chosen.sizes, chosen.images, wanted, complete=True)
         return Federation(experiment(algorithm or self.algorithm, problem, engine, seed, schedule), data)
 
     def warm(self, problem: str, engine: EngineOptions = LOOP) -> Federation:
@@ -206,7 +214,8 @@ class Subject:
 
 def follow(running: Federation) -> Outcome:
     """Runs what is left of a federation's rounds."""
-    found = Outcome([], [], [], [], running.task.initial, running.task.initial)
+    initial = running.engine.setting.task.initial
+    found = Outcome([], [], [], [], initial, initial)
     while running.round < ROUNDS:
         found.stages.append(running.stage)
         record = running.step()

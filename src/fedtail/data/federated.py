@@ -1,5 +1,6 @@
 """FederatedData: one copy of the columns, clients are index lists."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,6 +45,9 @@ class FederatedData:
         validation: training indices kept out of every client for model selection.
         server: training indices that the server holds.
         sources: what was loaded, cut and split, in words, for reports.
+        held: one int64 array of training indices a client that it keeps out of its training, for validation; empty: none.
+        probe: training indices that a teacher's head is fitted on, nobody else's.
+        class_names: name of each class; empty: not known.
     """
 
     columns: Mapping[str, Any]
@@ -57,9 +61,14 @@ class FederatedData:
     validation: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     server: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     sources: tuple[str, ...] = ()
+    held: Sequence[Array] = ()
+    probe: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("owners", "local_tests"):
+        if not len(self.held):
+            object.__setattr__(self, "held", Members(np.zeros(0, np.int64), np.zeros(len(self.owners) + 1, np.int64)))
+        for name in ("owners", "local_tests", "held"):
             object.__setattr__(self, name, Members.of(getattr(self, name)))
         for name in ("x", "y"):
             if name not in self.columns or name not in self.test:
@@ -89,6 +98,14 @@ class FederatedData:
         """Returns the class counts of every client's local test set, int64 [clients, classes]."""
         return self._counts[1].copy()
 
+    def server_rows(self, per_class: int) -> Array:
+        """Returns the server's training indices, or so many of each class (0: all; of unlabelled ones as many in all)."""
+        if not per_class:
+            return self.server
+        y = self._labels[0][self.server]
+        many = {int(c): per_class if c >= 0 else per_class * self.num_classes for c in np.unique(y)}
+        return np.sort(np.concatenate([self.server[y == c][:n] for c, n in many.items()]))
+
     @cached_property
     def _counts(self) -> tuple[Array, Array]:
         parts = (Members.of(self.owners), Members.of(self.local_tests))
@@ -98,6 +115,13 @@ class FederatedData:
     @cached_property
     def _labels(self) -> tuple[Array, Array]:
         return self.columns["y"].numpy(force=True), self.test["y"].numpy(force=True)
+
+    def fold(self, number: int, folds: int) -> "FederatedData":
+        """Returns the data with another validation part: of each client's examples, every `folds`-th from `number` on."""
+        all_rows = [np.sort(np.concatenate(pair)) for pair in zip(self.owners, self.held, strict=True)]
+        out = [np.arange(len(rows)) % folds == number for rows in all_rows]
+        owners, held = ([r[o == part] for r, o in zip(all_rows, out, strict=True)] for part in (False, True))
+        return dataclasses.replace(self, owners=owners, held=held)
 
     def prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Turns raw inputs into what the network sees."""

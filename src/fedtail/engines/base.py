@@ -18,7 +18,7 @@ from fedtail import trees
 from fedtail.algorithm import Algorithm, Client, Context, Round, as_tensor
 from fedtail.data.augment import augment_draws
 from fedtail.data.federated import FederatedData
-from fedtail.data.plan import LocalWork, Plan, make_plan
+from fedtail.data.plan import Array, LocalWork, Plan, make_plan
 from fedtail.drift import Drift
 from fedtail.errors import FedtailError, TrainingError
 from fedtail.seeds import Stream, generator
@@ -154,6 +154,12 @@ class Sink:
             return self._first.update
         return trees.tree_map(lambda s, u: _narrow(s / self.total, u.dtype), self._sum, self._first.update)
 
+    def sent_bytes(self) -> int:
+        """Returns the size of all clients' updates; those that are added up have one form."""
+        if self.collect:
+            return sum(map(trees.num_bytes, self.updates))
+        return 0 if self._first is None else len(self.answers) * trees.num_bytes(self._first.update)
+
     def metrics(self) -> dict[str, Tensor]:
         """Returns the clients' metrics, averaged with their numbers of examples, and the drift where it is measured."""
         means = {name: value / max(self.examples, 1) for name, value in self._metrics.items()}
@@ -206,13 +212,15 @@ class Setting:
 
     def plans(self, round: Round, trained: int, ids: Sequence[int]) -> dict[int, Plan]:
         """Returns the plan of each client that has at least one step."""
-        phase, work = round.phase, self.work
+        phase, work, rows = round.phase, self.work, self.rows(round)
         draws = self.draws if phase.local else {}
         work = replace(work, epochs=phase.epochs, steps=0) if phase.epochs else work
-        plans = {
-            i: make_plan(self.seed, round.index, trained, i, self.data.owners[i], work, draws, phase.local) for i in ids
-        }
+        plans = {i: make_plan(self.seed, round.index, trained, i, rows[i], work, draws, phase.local) for i in ids}
         return {i: plan for i, plan in plans.items() if len(plan.lengths)}
+
+    def rows(self, round: Round) -> Sequence[Array]:
+        """Returns the examples that each client goes through in this phase."""
+        return self.data.held if round.phase.split == "validation" else self.data.owners
 
     def clients(self, plans: Mapping[int, Plan]) -> Client:
         """Returns what the algorithm may know of these clients, stacked along a first axis in the plans' order."""

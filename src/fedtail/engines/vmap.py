@@ -82,7 +82,7 @@ class VmapEngine(Engine):
             steps = len(plans[number].lengths)
             result = Result(
                 number, trees.row(updates, position), float(weights[position]), trees.row(new, position),
-                {k: v[position] / steps for k, v in sums.items()}, len(setting.data.owners[number]),
+                {k: v[position] / steps for k, v in sums.items()}, len(setting.rows(round)[number]),
                 local_models.sums(setting, each[position], before[position], after[position]),
             )  # fmt: skip
             results.append(check_result(result, losses[position, :steps] if losses is not None else None, round))

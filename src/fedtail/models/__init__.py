@@ -5,6 +5,7 @@ from fedtail.models.specs import (
     DCGAN32,
     MLP,
     MODELS,
+    BranchCNN,
     LeNet,
     ModelSpec,
     ResNet8,
@@ -12,6 +13,7 @@ from fedtail.models.specs import (
     ResNet20,
     ResNet34,
     ResNet50,
+    Unified,
     UserModel,
     model_spec,
 )
@@ -21,6 +23,7 @@ __all__ = [
     "DCGAN32",
     "MLP",
     "MODELS",
+    "BranchCNN",
     "LeNet",
     "ModelSpec",
     "ResNet8",
@@ -28,6 +31,7 @@ __all__ = [
     "ResNet20",
     "ResNet34",
     "ResNet50",
+    "Unified",
     "UserModel",
     "model_spec",
 ]
