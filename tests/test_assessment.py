@@ -20,6 +20,7 @@ from fedtail.data.catalog import load
 from fedtail.data.longtail import NoTail
 from fedtail.data.partition import ClassSpecific
 from fedtail.errors import CheckpointError, ConfigError
+from fedtail.federation import federate
 from fedtail.generation import Sampler
 from fedtail.models.specs import DCGAN28
 from fedtail.teachers import loading
@@ -169,7 +170,7 @@ def test_the_ensembles_distance_follows_from_its_experts(place):
 def test_experts_that_repeat_their_clients_images_are_found(place):
     """Memory of a generator that shows training images: distance 0."""
     sampler = generation.load(place / "ensemble")
-    clients = fedtail.experiment.federate(fedtail.config.load(place / "ensemble").data, 0)
+    clients = federate(fedtail.config.load(place / "ensemble").data, 0)
 
     digits = load("digits")
     judge, test = extractors.classifier(digits), extractors.scaled(digits.test.array)

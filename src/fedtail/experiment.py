@@ -361,8 +361,7 @@ def load(folder: str | Path, client: int | None = None, checkpoint: str = "check
 def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult]:
     """Yields the federation's remaining rounds, keeping each in the run folder."""
     experiment = federation.experiment
-    if distributed.rank():  # one process writes
-        path = None
+    path = None if distributed.rank() else path  # one process writes
     with contextlib.closing(federation), runs.locked(path) if path else contextlib.nullcontext():
         size = 0
         if path is not None:
@@ -379,9 +378,8 @@ def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult
             if last or (federation.round + 1) % experiment.evaluation.every == 0:
                 record.update(federation.score())
                 if path is not None and federation.algorithm.generative:
-                    generation.round_picture(
-                        path, federation.engine.setting, federation.server, federation.context().round
-                    )
+                    setting, here = federation.engine.setting, federation.context().round
+                    generation.round_picture(path, setting, federation.server, here)
             federation.advance(record)
             seconds = time.perf_counter() - start
             if path is not None:

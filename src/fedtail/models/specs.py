@@ -263,6 +263,7 @@ class DCGAN32(_DCGAN):
     doublings: ClassVar[int] = 3
 
 
+@dataclass(frozen=True, kw_only=True)
 class BranchCNN(ModelSpec):
     """Two 3x3 convolutions (10 and 20 channels) and a classifier; one branch of `unified`, for images of 10 pixels or more."""
 
