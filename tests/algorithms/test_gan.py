@@ -400,6 +400,9 @@ def test_errors(run, tmp_path):
         Federation(Experiment(algorithm=FedGAN(), model=MLP()))
     with pytest.raises(ConfigError, match=r"fedavg needs a network that classifies .* got DCGAN28"):
         Federation(Experiment(model=SMALL))
+    for options in ({"keep": "best"}, {"local_models": 1}):
+        with pytest.raises(ConfigError, match="finetune judge predictions, and effgan makes images"):
+            Experiment(algorithm=EFFGAN(), data=Data(validation=2), evaluation=Evaluation(**options))
     with pytest.raises(ConfigError, match=r"finetune_epochs must be >= -1, got -2"):
         EFFGAN(finetune_epochs=-2)
     with pytest.raises(ConfigError, match="multiples of 4, got 30 x 30"):
