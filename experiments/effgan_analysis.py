@@ -50,6 +50,8 @@ def main():
         print(f"\n## {feature}, {count} images: {', '.join(sorted({row['feature'] for row in rows}))}\n")
         table(rows)
         picture(rows, options.folder / f"fid-bytes-{feature}.png")
+        if feature == "classifier":
+            experts(found, count)
     grids(found, options.folder / "grids.png")
 
 
@@ -108,6 +110,24 @@ def table(rows):
         group = list(group)
         cells = [cell([r[c] for r in group if r.get(c) is not None]) for c in columns]
         print(f"| {setting} | {method} | {len(group)} | " + " | ".join(cells) + " |")
+
+
+def experts(found, count):
+    """Prints experts beside their ensemble, from 1,000 images each, and whether they repeat their clients' images."""
+    print("\n| setting | seeds | purity, lowest | recall, best expert | ensemble | coverage, best expert | ensemble "
+          "| precision, mean of experts | ensemble | nearer than 99 % of held-out images |")  # fmt: skip
+    print("|---|---:|" + "---:|" * 8)
+    kept = {}
+    for run in found:
+        members = json.loads(judge(run, "classifier", count).read_text())
+        if "experts" in members:
+            each = {name: values[:-1] for name, values in members["experts"].items()}
+            whole = {name: values[-1] for name, values in members["experts"].items()}
+            row = (min(each["purity"]), max(each["recall"]), whole["recall"], max(each["coverage"]), whole["coverage"],
+                   np.mean(each["precision"]), whole["precision"], members["memory"]["closer"])  # fmt: skip
+            kept.setdefault(run.name.rpartition("-seed")[0], []).append(row)
+    for setting, rows in kept.items():
+        print(f"| {setting} | {len(rows)} | " + " | ".join(cell(values) for values in zip(*rows, strict=True)) + " |")
 
 
 def cell(values):
