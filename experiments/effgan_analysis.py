@@ -1,8 +1,10 @@
 """Judges the runs of an EFFGAN sweep, prints a table over seeds, and draws FID against bytes and the sample grids.
 
-    python experiments/effgan_analysis.py experiments/results/effgan_fashion_mnist [--features classifier efflite0]
+    python experiments/effgan_analysis.py experiments/results/effgan_fashion_mnist
 
-What is judged is kept in each run folder (quality-FEATURE.json), so that the script can be stopped and run again.
+Features of the small classifier judge 10,000 images of every reading; those of the ImageNet encoder (extra teachers), which
+are a hundred times as slow, 2,000 of the ensemble and of FedGAN's mean. What is judged is kept in each run folder
+(quality-FEATURE-COUNT.json), so that the script can be stopped and run again.
 """
 
 import argparse
@@ -35,29 +37,32 @@ def main():
     """Judges, prints, draws."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--features", nargs="+", default=["classifier", "pixels"])
-    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--features", nargs="+", default=["classifier:10000", "efflite0:2000"], metavar="FEATURE:COUNT")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     found = sorted(p.parent for p in options.folder.glob("*/config.toml"))
     found = [run for run in found if runs.rounds_done(run) == config.load(run).rounds]
+    features = [(name, int(count)) for name, _, count in (text.partition(":") for text in options.features)]
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:  # the slow part
-        tasks = itertools.product(found, options.features, [options.count])
-        list(pool.map(judge, *zip(*tasks, strict=True)))
-    for feature in options.features:
-        rows = [row for run in found for row in judged(run, feature, options.count)]
-        print(f"\n## {feature}: {rows[0]['feature']}, {options.count} images, floor {rows[0]['floor']:.2f}\n")
+        list(pool.map(judge, *zip(*((run, *feature) for run in found for feature in features), strict=True)))
+    for feature, count in features:
+        rows = [row for run in found for row in judged(run, feature, count)]
+        print(f"\n## {feature}, {count} images: {', '.join(sorted({row['feature'] for row in rows}))}\n")
         table(rows)
         picture(rows, options.folder / f"fid-bytes-{feature}.png")
+        if feature == "classifier":
+            experts(found, count)
     grids(found, options.folder / "grids.png")
 
 
 def judge(run, feature, count):
     """Judges a run, at most once; returns where the result is."""
-    kept = run / f"quality-{feature}.json"
+    kept = run / f"quality-{feature}-{count}.json"
     if not kept.is_file():
         torch.set_num_threads(1)
-        write_atomic(kept, json.dumps(assessment.assess(run, feature, count, full=feature == "classifier")))
+        full = feature == "classifier"
+        found = assessment.assess(run, feature, count, full=full, only=() if full else ("averaged",))
+        write_atomic(kept, json.dumps(found))
     return kept
 
 
@@ -97,7 +102,7 @@ def bytes_sent(run, whole, reading):
 
 def table(rows):
     """Prints mean and standard deviation over seeds as Markdown."""
-    columns = ("megabytes", *COLUMNS, "drift", "memory", "use")
+    columns = ("megabytes", "floor", *COLUMNS, "drift", "memory", "use")
     print("| setting | method | seeds |", " | ".join(columns), "|")
     print("|---|---|---:|" + "---:|" * len(columns))
     rows = sorted(rows, key=lambda r: (r["setting"], r["method"]))
@@ -105,6 +110,24 @@ def table(rows):
         group = list(group)
         cells = [cell([r[c] for r in group if r.get(c) is not None]) for c in columns]
         print(f"| {setting} | {method} | {len(group)} | " + " | ".join(cells) + " |")
+
+
+def experts(found, count):
+    """Prints experts beside their ensemble, from 1,000 images each, and whether they repeat their clients' images."""
+    print("\n| setting | seeds | purity, lowest | recall, best expert | ensemble | coverage, best expert | ensemble "
+          "| precision, mean of experts | ensemble | nearer than 99 % of held-out images |")  # fmt: skip
+    print("|---|---:|" + "---:|" * 8)
+    kept = {}
+    for run in found:
+        members = json.loads(judge(run, "classifier", count).read_text())
+        if "experts" in members:
+            each = {name: values[:-1] for name, values in members["experts"].items()}
+            whole = {name: values[-1] for name, values in members["experts"].items()}
+            row = (min(each["purity"]), max(each["recall"]), whole["recall"], max(each["coverage"]), whole["coverage"],
+                   np.mean(each["precision"]), whole["precision"], members["memory"]["closer"])  # fmt: skip
+            kept.setdefault(run.name.rpartition("-seed")[0], []).append(row)
+    for setting, rows in kept.items():
+        print(f"| {setting} | {len(rows)} | " + " | ".join(cell(values) for values in zip(*rows, strict=True)) + " |")
 
 
 def cell(values):
@@ -116,14 +139,19 @@ def cell(values):
 
 
 def picture(rows, path):
-    """FID against megabytes, a panel a partition."""
-    panels = sorted({r["setting"].partition("-")[0] for r in rows if r["megabytes"]})
+    """FID against megabytes, a panel a setting but for its last word (k5-e20: k5), where runs differ in their bytes."""
+    sent = {}
+    for row in rows:
+        sent.setdefault(row["setting"].rpartition("-")[0], set()).add(row["setting"])
+    panels = sorted(panel for panel, settings in sent.items() if len(settings) > 1)
+    if not panels:
+        return
     figure = Figure(figsize=(3.4 * len(panels), 2.8), layout="constrained")
     for place, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for method in ("FedGAN", "EFFGAN", "MDGAN", "alone"):
             points = {}
             for row in rows:
-                if row["method"] == method and row["setting"].startswith(f"{panel}-") and "iid" not in row["setting"]:
+                if row["method"] == method and row["setting"].rpartition("-")[0] == panel:
                     points.setdefault(row["megabytes"], []).append(row["fid"])
             order = sorted(points)
             place.errorbar(order, [np.mean(points[x]) for x in order], [np.std(points[x]) for x in order], marker="o",

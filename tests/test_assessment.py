@@ -143,6 +143,11 @@ def test_assessment_of_an_ensemble(place):
     assert found["experts"]["client"] == [0, 1, -1]
     assert found["memory"]["ratio"] == pytest.approx(found["memory"]["generated"] / found["memory"]["held_out"])
     assert found["use"]["gap"] == pytest.approx(found["judge"]["accuracy"] - found["use"]["accuracy"])
+    held = fedtail.experiment.federate(fedtail.config.load(place / "ensemble").data, 0).counts().sum(0)
+    labels = extractors.classifier(load("digits")).labels(generation.load(place / "ensemble").draw(300).images)
+    classes = quality.modes(labels, held)  # against the clients' pooled classes
+    assert {key: found["readings"]["model"][key] for key in classes} == classes
+    assert quality.modes(labels, np.ones(10))["mode_kl"] != classes["mode_kl"]
     again = assessment.assess(place / "ensemble", count=300, full=False)
     assert again["readings"] == found["readings"]
     assert again.keys() == found.keys() - {"experts", "memory", "use"}
@@ -173,12 +178,12 @@ def test_experts_that_repeat_their_clients_images_are_found(place):
     clients = federate(fedtail.config.load(place / "ensemble").data, 0)
 
     digits = load("digits")
-    judge, test = extractors.classifier(digits), extractors.scaled(digits.test.array)
-    fresh = assessment.memory(sampler, clients, test, judge)
+    test, labels = extractors.scaled(digits.test.array), digits.test.y
+    fresh = assessment.memory(sampler, clients, test, labels)
     seen = [extractors.scaled(clients.columns["x"][torch.from_numpy(rows)].numpy()) for rows in clients.owners]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sampler, "images", lambda self, k, z: seen[k - 1][: len(z)].double())
-        parrot = assessment.memory(sampler, clients, test, judge)
+        parrot = assessment.memory(sampler, clients, test, labels)
     assert parrot["ratio"] == 0
     assert parrot["closer"] == 1
     assert fresh["ratio"] > 0.5

@@ -359,10 +359,11 @@ def leaves(node, path=""):
 def test_the_fingerprint_changes_with_every_field(experiment):
     changed = dict(variants(experiment))
     assert len({config.fingerprint(e) for e in (experiment, *changed.values())}) == 1 + len(changed)
-    # No other value of these is possible beside the other fields: "best" without a validation split, and so on.
+    # No other value of these is possible beside the other fields: "best" without validation, scores of images, and so on.
     alone = {
         "evaluation.keep",
         "evaluation.finetune.epochs",
+        "evaluation.local_models",
         "algorithm.optimizer.nesterov",
         "data.partition.min_size",
         "autocast",

@@ -81,6 +81,15 @@ def test_kernel_distance_against_loops():
     assert deviation == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("size", [20, 5])  # the kernel of all pairs, and that of each subset
+def test_kernel_distance_of_subsets_against_loops(size):
+    x, y, rng = cloud(30, 3), cloud(25, 3, shift=0.5), np.random.default_rng(5)
+    rows = [(rng.choice(30, size, replace=False), rng.choice(25, size, replace=False)) for _ in range(4)]
+    each = [kernel_by_loops(x[i], y[j]) for i, j in rows]
+    found = quality.kernel_distance(x, y, np.random.default_rng(5), 4, size)
+    assert found == pytest.approx((np.mean(each), np.std(each)), rel=1e-10)
+
+
 def test_kernel_distance_of_one_distribution_averages_to_nothing():
     draws = [
         quality.kernel_distance(RNG.normal(size=(200, 4)), RNG.normal(size=(200, 4)), RNG, 1, 200)[0] for _ in range(60)

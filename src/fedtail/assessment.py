@@ -5,9 +5,10 @@ Several readings of one run are judged, each by as many images: "model", what th
 measured anew on its own images, and "common", the generator that was fine-tuned.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from fedtail import config, extractors, generation, quality
 from fedtail.algorithm import Mixture
 from fedtail.data.catalog import load
+from fedtail.data.dataset import Dataset
 from fedtail.data.federated import FederatedData
 from fedtail.extractors import Array, Classifier, Feature, FeatureNet, scaled
 from fedtail.federation import federate
@@ -44,8 +46,9 @@ def readings(found: Sampler) -> dict[str, Sampler]:
 
 
 def assess(
-    folder: str | Path, feature: Feature = "classifier", count: int = 10_000, weights: str = "", full: bool = True
-) -> dict[str, Any]:
+    folder: str | Path, feature: Feature = "classifier", count: int = 10_000, weights: str = "", full: bool = True,
+    only: Collection[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Judges a run's checkpoint.
 
     Args:
@@ -54,6 +57,7 @@ def assess(
         count: images of each reading and of the test set, no more than that has; compare only equal counts.
         weights: file of the feature "inception".
         full: also what needs the clients' data: experts one by one, nearest training images, training on the images.
+        only: names of the readings to judge besides "model"; none: all.
 
     Returns:
         Plain values: "feature", "count", "floor" (the Frechet distance of real training images), "judge" (the classifier
@@ -64,33 +68,60 @@ def assess(
     """
     found, options = generation.load(folder), config.load(folder)
     data = options.data
-    dataset = load(data.name, data.folder or None, size=data.image_size or None)
-    judge = extractors.classifier(dataset)
-    net: FeatureNet = judge if feature == "classifier" else extractors.feature_net(feature, dataset, weights)
-    rng, count = generator(options.seed, Stream.QUALITY), min(count, len(dataset.test))
-    test = scaled(dataset.test.array[rng.permutation(len(dataset.test))[:count]])
-    train = scaled(dataset.train.array[rng.permutation(len(dataset.train))[:count]])
-    real = net.features(test)
-    target = np.bincount(dataset.test.y, minlength=dataset.num_classes)
-    drawn = {name: way.draw(count) for name, way in readings(found).items()}
+    real = real_images(data.name, data.folder, data.image_size, feature, weights, count)
+    judge, count = real.judge, len(real.features)
     clients = federate(data, options.seed)
-    held = clients.counts()
+    held, rng = clients.counts(), generator(options.seed, Stream.QUALITY)
+    ways = {name: way for name, way in readings(found).items() if not only or name in {"model", *only}}
+    drawn = {name: way.draw(count) for name, way in ways.items()}
     result: dict[str, Any] = {
-        "feature": net.name, "count": count,
-        "floor": quality.frechet(quality.moments(net.features(train)), quality.moments(real), net.ridge),
-        "judge": {"name": judge.name, "accuracy": accuracy(judge, scaled(dataset.test.array), dataset.test.y)},
-        "readings": {name: _scores(samples, net, judge, real, target, rng) for name, samples in drawn.items()},
+        "feature": real.net.name, "count": count, "floor": real.floor,
+        "judge": {"name": judge.name, "accuracy": real.accuracy},
+        "readings": {name: _scores(samples, real, held.sum(0), rng) for name, samples in drawn.items()},
     }  # fmt: skip
     if len(found.mixture.shares) == 1 + len(held):  # a generator a client, behind the common one
         samples = drawn["model"]
         pure = quality.purity(judge.labels(samples.images), samples.generators - 1, held)
         result["readings"]["model"]["purity"] = float(np.nanmean(pure))
         if full:
-            result["experts"] = experts(found, net, judge, real, held)
-            result["memory"] = memory(found, clients, test, judge)
+            result["experts"] = experts(found, real.net, judge, real.features, held)
+            result["memory"] = memory(found, clients, real.images, real.labels)
     if full:
-        result["use"] = use(drawn["model"], judge, scaled(dataset.test.array), dataset.test.y, dataset.num_classes)
+        test = real.dataset.test
+        accurate = use(drawn["model"], judge, scaled(test.array), test.y, real.dataset.num_classes)
+        result["use"] = {"accuracy": accurate, "gap": real.accuracy - accurate}
     return result
+
+
+class Real(NamedTuple):
+    """Test images that generated ones are compared with, and what judges both."""
+
+    dataset: Dataset
+    net: FeatureNet
+    judge: Classifier
+    images: Tensor  # [count, channels, height, width] in [-1, 1]
+    labels: Array  # (count,) int64
+    features: Array  # [count, d]
+    moments: quality.Moments
+    floor: float  # Frechet distance of as many training images
+    accuracy: float  # of the judge, on the whole test set
+
+
+@lru_cache(maxsize=4)  # the runs of a sweep share them
+def real_images(name: str, folder: str, size: int, feature: Feature, weights: str, count: int) -> Real:
+    """Returns the real images of a data set's test split, the same for every run of it: `count` of them, or all."""
+    dataset = load(name, folder or None, size=size or None)
+    judge = extractors.classifier(dataset)
+    net: FeatureNet = judge if feature == "classifier" else extractors.feature_net(feature, dataset, weights)
+    rng, count = generator(extractors.SEED, Stream.QUALITY, 1), min(count, len(dataset.test))
+    rows = rng.permutation(len(dataset.test))[:count]
+    images = scaled(dataset.test.array[rows])
+    train = scaled(dataset.train.array[rng.permutation(len(dataset.train))[:count]])
+    features = net.features(images)
+    moments = quality.moments(features)
+    floor = quality.frechet(quality.moments(net.features(train)), moments, net.ridge)
+    accurate = accuracy(judge, scaled(dataset.test.array), dataset.test.y)
+    return Real(dataset, net, judge, images, dataset.test.y[rows], features, moments, floor, accurate)
 
 
 def accuracy(judge: Classifier, x: Tensor, y: Array) -> float:
@@ -98,19 +129,17 @@ def accuracy(judge: Classifier, x: Tensor, y: Array) -> float:
     return float((judge.labels(x) == y).mean())
 
 
-def _scores(
-    samples: Samples, net: FeatureNet, judge: Classifier, real: Array, target: Array, rng: np.random.Generator
-) -> dict[str, float]:
-    """Returns the scores of one reading's images."""
-    fake = net.features(samples.images)
-    probabilities = judge.probabilities(samples.images)
-    kernel, kernel_spread = quality.kernel_distance(real, fake, rng)
+def _scores(samples: Samples, real: Real, target: Array, rng: np.random.Generator) -> dict[str, float]:
+    """Returns the scores of one reading's images; the clients' pooled class counts are the target of their classes."""
+    fake, judge = real.net.features(samples.images), real.judge
+    probabilities = judge.judged(fake if real.net is judge else judge.features(samples.images))
+    kernel, kernel_spread = quality.kernel_distance(real.features, fake, rng)
     score, score_spread = quality.classifier_score(probabilities)
+    some = real.features[:NEIGHBOURS], fake[:NEIGHBOURS]
     return {
-        "fid": quality.frechet(quality.moments(real), quality.moments(fake), net.ridge),
+        "fid": quality.frechet(real.moments, quality.moments(fake), real.net.ridge),
         "kid": kernel, "kid_spread": kernel_spread, "score": score, "score_spread": score_spread,
-        **quality.precision_recall(real[:NEIGHBOURS], fake[:NEIGHBOURS]),
-        **quality.density_coverage(real[:NEIGHBOURS], fake[:NEIGHBOURS]),
+        **quality.precision_recall(*some), **quality.density_coverage(*some),
         **quality.modes(probabilities.argmax(1), target),
         "confidence": float(probabilities.max(1).mean()),
     }  # fmt: skip
@@ -148,15 +177,20 @@ def _near(net: FeatureNet, images: Tensor, real: Array) -> dict[str, float]:
     return {**quality.precision_recall(some, fake), **quality.density_coverage(some, fake)}
 
 
-def memory(found: Sampler, clients: FederatedData, test: Tensor, judge: Classifier) -> dict[str, float]:
+def memory(found: Sampler, clients: FederatedData, test: Tensor, labels: Array) -> dict[str, float]:
     """Returns whether experts repeat their clients' images: pixel distances to the nearest one, medians over images.
 
     "generated": of an expert's images; "held_out": of real images that it has not seen, of the classes of its client;
     "ratio": the first over the second, well below 1 if it repeats; "closer": share of generated images that are nearer
     to a training image than 99 of 100 held-out ones are (.01 is expected of fresh images).
+
+    Args:
+        found: an ensemble.
+        clients: what its clients hold.
+        test: real images that nobody holds, [N, channels, height, width] in [-1, 1].
+        labels: their classes, (N,).
     """
     makes, real, closer = list[Array](), list[Array](), list[float]()
-    labels = judge.labels(test)
     for k, rows in enumerate(clients.owners):
         shares = found.mixture.shares[1 + k]
         if not float(shares.sum()):
@@ -178,13 +212,11 @@ def _flat(images: Tensor) -> Array:
     return images.flatten(1).double().numpy()
 
 
-def use(samples: Samples, judge: Classifier, x: Tensor, y: Array, classes: int) -> dict[str, float]:
-    """Trains a classifier on images alone and tests it on real ones.
+def use(samples: Samples, judge: Classifier, x: Tensor, y: Array, classes: int) -> float:
+    """Trains a classifier on images alone and returns its accuracy on real ones, x [N, ...] of classes y (N,).
 
     Labels are those that were asked for, or, of a pair that is told no class, the judge's: then only the diversity of the
-    images is measured. Returns "accuracy" and "gap", to the judge, which was trained on real images.
+    images is measured.
     """
     labels = samples.labels if samples.labels.min() >= 0 else judge.labels(samples.images)
-    found = extractors.fit(samples.images.float(), labels, classes)
-    got = accuracy(found, x, y)
-    return {"accuracy": got, "gap": accuracy(judge, x, y) - got}
+    return accuracy(extractors.fit(samples.images.float(), labels, classes), x, y)

@@ -124,6 +124,10 @@ class Experiment:
             raise ConfigError('autocast makes bfloat16 of float32, not of dtype = "float64". Set one of the two.')
         if self.evaluation.keep == "best" and not self.data.validation:
             raise ConfigError('evaluation.keep = "best" needs a validation split: set data.validation, for example 20.')
+        judged = self.evaluation
+        if self.algorithm.generative and (judged.keep == "best" or judged.local_models or judged.finetune.epochs):
+            raise ConfigError("evaluation.keep, local_models and finetune judge predictions, and "
+                              f"{name_of(self.algorithm)} makes images. Leave them at their defaults.")  # fmt: skip
 
 
 REGISTRIES: dict[type, Mapping[str, Any]] = {

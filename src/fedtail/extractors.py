@@ -27,8 +27,9 @@ from fedtail.teachers.specs import EfficientNetLite0
 
 Array = np.ndarray[Any, Any]
 Feature = Literal["classifier", "efflite0", "inception", "pixels"]
-PIECE = 250
-"""Images that go through a network at once."""
+PIECE = 25
+"""Images that go through a network at once: few, so that its maps stay in a core's cache; with
+the channels last in the weights this is three to four times as fast as 250 in the plain layout."""
 EPOCHS, BATCH, SEED = 4, 128, 0
 """Of the small classifier's training, the same for every experiment."""
 
@@ -50,6 +51,11 @@ def in_pieces(function: Any, images: Tensor) -> Array:
     """Applies a function to pieces of the images and joins what it returns."""
     with torch.no_grad():
         return torch.cat([function(part).double() for part in images.float().split(PIECE)]).numpy()
+
+
+def frozen(network: Any) -> Any:
+    """Returns a network in evaluation mode, its weights with channels last."""
+    return network.eval().to(memory_format=torch.channels_last)
 
 
 class SmallNet(nn.Module):
@@ -85,16 +91,22 @@ class Classifier(FeatureNet):
     ridge = 1e-6  # a unit may never be active
 
     def __init__(self, network: SmallNet, digest: str) -> None:
-        self.network, self.digest = network.eval(), digest
+        self.network: SmallNet = frozen(network)
+        self.digest = digest
         self.name = f"small classifier {digest[:12]}"
 
     def features(self, images: Tensor) -> Array:
         """Returns the hidden units, [N, 128]."""
         return in_pieces(self.network.body, images)
 
+    def judged(self, features: Array) -> Array:
+        """Returns the probabilities of the classes, [N, C], of images with such hidden units [N, 128]."""
+        with torch.no_grad():
+            return self.network.head(torch.from_numpy(features).float()).softmax(1).double().numpy()
+
     def probabilities(self, images: Tensor) -> Array:
         """Returns the probabilities of the classes, [N, C]."""
-        return in_pieces(lambda part: self.network(part).softmax(1), images)
+        return self.judged(self.features(images))
 
     def labels(self, images: Tensor) -> Array:
         """Returns the most probable classes, int64 (N,)."""

@@ -97,6 +97,21 @@ def test_a_clients_round_is_that_of_plain_torch(conditional):
     assert record["train"]["loss"] == pytest.approx(means.sum(), rel=1e-9)
 
 
+def test_rounds_with_a_kept_optimizer_are_one_training_in_plain_torch():
+    """One client with all data: three rounds of two epochs are six epochs, with Adam's moments going on."""
+    with federation(FedGAN(persist_optimizer=True), (11,)) as running:
+        setting, here = running.engine.setting, running.context().round
+        oracle = Pair(WIDTH, LATENT, SIZE)
+        oracle.load(*running.task.initial)
+        for index in range(3):
+            [plan] = setting.plans(here._replace(index=index), 0, [0]).values()
+            for batch in iterate(setting, plan):
+                oracle.step(batch.x, batch.y, batch.draws["latent_discriminator"], batch.draws["latent_generator"])
+        found, expected = after(running, 3).model, oracle.values()
+    for name, value in {**found.params, **found.buffers}.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-10, msg=name)
+
+
 def test_a_step_advances_the_counters_by_two_and_three():
     """G runs for each of the two steps; D on real and on generated images, and in the generator's step."""
     with federation(FedGAN(), (4,), local=LocalWork(steps=1, batch_size=4)) as running:
@@ -385,6 +400,9 @@ def test_errors(run, tmp_path):
         Federation(Experiment(algorithm=FedGAN(), model=MLP()))
     with pytest.raises(ConfigError, match=r"fedavg needs a network that classifies .* got DCGAN28"):
         Federation(Experiment(model=SMALL))
+    for options in ({"keep": "best"}, {"local_models": 1}):
+        with pytest.raises(ConfigError, match="finetune judge predictions, and effgan makes images"):
+            Experiment(algorithm=EFFGAN(), data=Data(validation=2), evaluation=Evaluation(**options))
     with pytest.raises(ConfigError, match=r"finetune_epochs must be >= -1, got -2"):
         EFFGAN(finetune_epochs=-2)
     with pytest.raises(ConfigError, match="multiples of 4, got 30 x 30"):

@@ -10,7 +10,7 @@ import torch
 from oracles.gan_oracle import Pair, sp
 from test_gan import CLASSES, LATENT, SIZE, SMALL, WIDTH, after, federation, images
 
-from fedtail import LocalWork, trees
+from fedtail import SGD, LocalWork, trees
 from fedtail.algorithms.mdgan import MDGAN
 from fedtail.algorithms.uagan import UAGAN, generator_loss
 from fedtail.engines.loop import iterate
@@ -60,6 +60,26 @@ def test_a_round_of_mdgan_is_that_of_plain_torch():
             for k, worker in enumerate(workers):
                 the_same(running.states[k].discriminator, worker.values(), "discriminator.")
             assert float(found.loss) == pytest.approx(sum(v.item() for v in losses) / 3, rel=1e-9), index
+
+
+def test_the_mean_feedback_is_the_gradient_of_the_mean_loss():
+    """With a plain step of rate 1 the generator's change is - d/dtheta (1/K) sum_k L_G(theta; phi_k), to 1e-12."""
+    with federation(MDGAN(optimizer=SGD(lr=1.0, momentum=0.0), swap_every=0), (9, 6, 7), local=ONE) as running:
+        z = running.context().round.draws["feedback"]
+        before, found = running.task.initial, after(running, 1).model
+        phis = [running.states[k].discriminator for k in range(3)]
+    server = Pair(WIDTH, LATENT, SIZE)
+    server.load(*before)
+    made, losses = server.make(z, None), []
+    for phi in phis:
+        judge = Pair(WIDTH, LATENT, SIZE)
+        judge.load({**before.params, **phi.params}, before.buffers)  # in training mode old statistics do not count
+        losses.append(sp(-judge.judge(made, None)).mean())
+    grads = torch.autograd.grad(sum(losses) / 3, list(server.g.parameters()))
+    for (name, _), grad in zip(server.g.named_parameters(), grads, strict=True):
+        change = found.params[f"generator.layers.{name}"] - before.params[f"generator.layers.{name}"]
+        torch.testing.assert_close(-change, grad, rtol=1e-12, atol=1e-12, msg=name)
+        assert bool(grad.any())
 
 
 def test_discriminators_go_round():

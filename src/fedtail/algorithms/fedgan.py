@@ -48,7 +48,7 @@ class FedGAN(Algorithm):
     weighting: Literal["examples", "uniform", "kl"] = "examples"
     """What a client counts in the mean: its examples, as everyone, or by FeGAN's divergence of its labels."""
     kl_sign: Literal[1, -1] = 1
-    """With weighting = "kl": 1 gives more weight to clients whose classes are rarer, as FeGAN's code does; -1 less."""
+    """With weighting = "kl": 1 gives more weight to clients whose labels differ from all, as FeGAN's code does; -1 less."""
 
     generative: ClassVar[bool] = True
 
