@@ -11,7 +11,7 @@ import torch
 from oracles.gan_oracle import Pair
 
 import fedtail
-from fedtail import Adam, EngineOptions, Experiment, LocalWork, experiment, gan, generation, trees
+from fedtail import Adam, EngineOptions, Experiment, LocalWork, gan, generation, teaching, trees
 from fedtail.algorithms.effgan import EFFGAN
 from fedtail.algorithms.fedgan import FedGAN, kl_weight
 from fedtail.config import Data, Evaluation
@@ -365,7 +365,7 @@ def test_a_run_keeps_a_picture_a_round(run):
 
 
 def test_images_come_from_the_checkpoint_alone(run, monkeypatch):
-    monkeypatch.setattr(experiment, "federate", None)  # nothing can be loaded
+    monkeypatch.setattr(teaching, "federate", None)  # nothing can be loaded
     found = generation.load(run)
     samples = found.draw(40)
     assert samples.images.shape == (40, 1, 8, 8)
