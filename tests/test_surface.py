@@ -21,7 +21,7 @@ SOURCE = Path(fedtail.__file__).parent
 # From the bottom to the top: a module imports from its own layer or from lower ones.
 LAYERS = [
     {"errors", "seeds", "trees", "files", "schedule", "metrics", "quality", "optim", "userfile", "states", "checkpoint",
-     "stopping", "student"},
+     "stopping", "quantiles"},
     {"models", "teachers", "teachers.specs", "models.specs", "models.branches", "models.gan", "models.layers",
      "models.small", "models.resnet", "models.user"},
     {"task"},
@@ -50,7 +50,7 @@ LAYERS = [
     {"extractors", "federation", "generation", "runs"},
     {"experiment", "teaching"},
     {"assessment", "catalogue", "course", "export", "methods", "report", "drawing", "overview", "plots", "asymmetry", "html",
-     "inspection", "terminal", "demo", "tracking", "sweep", "tables", "workers", "pupil", "checks", "checks.agree",
+     "inspection", "terminal", "demo", "tracking", "sweep", "tables", "workers", "student", "checks", "checks.agree",
      "checks.copes", "checks.pair", "checks.problems", "checks.pure", "checks.returns", "checks.rule", "checks.source"},
     {"cli", "options", "verbs", "__main__"},
 ]  # fmt: skip

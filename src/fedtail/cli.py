@@ -197,10 +197,10 @@ def teacher(run: Positional[Path], calls: int = 50, json: bool = False) -> None:
         calls: timed calls of each.
         json: print JSON.
     """
-    from fedtail import pupil
+    from fedtail import student
 
-    found = pupil.compare(run, calls)
-    print(_json(found) if json else pupil.to_text(found))
+    found = student.compare(run, calls)
+    print(_json(found) if json else student.to_text(found))
 
 
 def show(name: Positional[str]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fedtail
-from fedtail import cli, config, costs, pupil, report
+from fedtail import cli, config, costs, report, student
 from fedtail.algorithms.server_distillation import ServerDistillation
 from fedtail.config import Data, Experiment
 from fedtail.data.longtail import NoTail
@@ -46,11 +46,11 @@ def test_latency_is_the_median_of_calls(monkeypatch):
 
 
 def test_teacher_and_student_of_a_run(run):
-    found = pupil.compare(run, calls=2)
-    teacher, student = found["teacher"]["sizes"], found["student"]["sizes"]
+    found = student.compare(run, calls=2)
+    teacher, small = found["teacher"]["sizes"], found["student"]["sizes"]
     assert (found["teacher"]["name"], found["student"]["name"]) == ("trained", "mlp")
-    assert student["parameters"] == 65 * 16 + 17 * 10
-    assert student["multiply_adds_per_image"] == 64 * 16 + 16 * 10
+    assert small["parameters"] == 65 * 16 + 17 * 10
+    assert small["multiply_adds_per_image"] == 64 * 16 + 16 * 10
     assert teacher["parameters"] == 65 * 64 + 65 * 32 + 33 * 10
     assert teacher["multiply_adds_per_image"] >= 64 * 64 + 64 * 32 + 32 * 10
     last = fedtail.read(run).last
@@ -59,7 +59,7 @@ def test_teacher_and_student_of_a_run(run):
     assert 0.5 < found["teacher"]["accuracy"] <= 1
     assert 0 <= found["teacher"]["entropy_nats"] <= 2.31  # log 10
     assert found["teacher"]["latency_ms"]["torch"]["median"] > 0
-    text = pupil.to_text(found)
+    text = student.to_text(found)
     assert f"{teacher['parameters']:,}" in text
     assert "student after 2 rounds" in text
     assert json.loads(json.dumps(found)) == found
@@ -72,7 +72,7 @@ def test_fitting_a_teachers_head_is_none_of_its_costs(tmp_path, monkeypatch):
     (tmp_path / "net.py").write_text("def pixels(x):\n    return x.flatten(1)\n")
     teacher = UserTeacher(target="net.py:pixels", head="linear_probe", probe=5)
     (tmp_path / "exp.toml").write_text(config.dumps(Experiment(teacher=teacher)))
-    found = pupil.compare(tmp_path / "exp.toml", calls=1)["teacher"]
+    found = student.compare(tmp_path / "exp.toml", calls=1)["teacher"]
     assert found["sizes"]["multiply_adds_per_image"] == 64 * 10
     assert found["accuracy"] > 0.5
 
@@ -85,7 +85,7 @@ def test_the_command_takes_a_run_or_an_experiment(run, capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["student"]["rounds"] == 0
     (tmp_path / "none.toml").write_text("rounds = 1\n")
     with pytest.raises(ConfigError, match="has no teacher"):
-        pupil.compare(tmp_path / "none.toml")
+        student.compare(tmp_path / "none.toml")
 
 
 def test_a_comparison_shows_the_model_before_the_servers_steps(run):
