@@ -40,10 +40,12 @@ LAYERS = [
     {"config"},
     {"federation", "runs"},
     {"experiment"},
+    {"flower", "flower.tls", "flower.wire", "flower.roster", "flower.engine", "flower.sites", "flower.node", "flower.server",
+     "flower.deploy"},
     {"catalogue", "course", "methods", "report", "drawing", "overview", "plots", "html", "inspection", "terminal", "demo",
      "tracking", "sweep", "tables", "workers", "checks", "checks.agree", "checks.copes", "checks.problems", "checks.pure",
      "checks.returns", "checks.rule", "checks.source"},
-    {"cli", "__main__"},
+    {"options", "cli", "__main__"},
 ]  # fmt: skip
 LAYER = {f"fedtail.{name}": i for i, layer in enumerate(LAYERS) for name in layer}
 
@@ -52,9 +54,9 @@ PACKAGES = {
     "torch": None,
     "numpy": None,
     "safetensors": {"checkpoint", "etf", "states"},
-    "tomli_w": {"config"},
+    "tomli_w": {"config", "flower.deploy"},
     "PIL": {"data.formats", "data.images"},
-    "tyro": {"cli"},
+    "tyro": {"cli", "options"},
     "rich": {"tables", "inspection", "terminal"},
     "matplotlib": {"drawing", "overview", "plots", "html"},
 }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fedtail.errors import ConfigError, FedtailError, did_you_mean
+from fedtail.options import InspectOptions, RunOptions, SweepOptions
 
 if TYPE_CHECKING:
     from fedtail.config import Experiment
@@ -34,6 +35,8 @@ usage: fedtail VERB ... (fedtail VERB --help tells more)
   list WHAT            algorithms, losses, models, datasets, partitions
   check NAME           test an algorithm, FILE.py:Name for your own, by the rules that every method must keep
   show NAME            equations, options and differences from the paper of an algorithm or a loss
+  deploy EXP DIR       write a Flower app that runs the experiment on real nodes
+  node check APP       say whether a site's data fit such an app, before it joins
   data get NAME        obtain a data set;  data add NAME PATH: import files that you have
   demo                 FedAvg and Fed-GraB on long-tailed Fashion-MNIST, with a report
 
@@ -216,6 +219,28 @@ def demo(output: Path = Path("runs/demo"), rounds: int = 0) -> None:
     module.main(output, rounds)
 
 
+def node_check(app: Positional[Path], client: int, data: str = "") -> None:
+    """Say whether a site's data fit an app, before the site joins; nothing leaves the machine.
+
+    Args:
+        app: the folder that `fedtail deploy` wrote.
+        client: the client's number.
+        data: the site's own data: an .npz file with x and y, or a folder CLASS/NAME.png; empty in a rehearsal.
+    """
+    from fedtail.flower import node
+
+    print(node.check(app, client, data))
+
+
+def deploy(arguments: list[str]) -> None:
+    """Write a Flower app that runs an experiment on real nodes."""
+    from fedtail.flower import deploy as module
+
+    folder = "" if len(arguments) < 2 or arguments[1].startswith("-") else arguments[1]
+    command = parse_experiment("deploy", module.Deploy, [arguments[0], *arguments[2:]] if folder else arguments)
+    print(module.write(command, folder))
+
+
 def run(arguments: list[str]) -> None:
     """Train an experiment, one folder a seed; or a sweep."""
     from fedtail import sweep, terminal, tracking
@@ -277,48 +302,6 @@ def check(arguments: list[str]) -> None:
     sys.exit(checks.main(name, command.algorithm, command.frozen, command.json))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Train an experiment: a TOML file, a run folder (the same experiment again), or nothing (digits)."""
-
-    file: tyro.conf.Suppress[str] = ""
-    seeds: tuple[int, ...] = ()
-    """Several seeds, one run each; overrides --seed."""
-    output: Path | None = None
-    """The run folder (with --seeds: the folder of the run folders); default: under runs/."""
-    track: tuple[str, ...] = ()
-    """Also hand each round's record to these: tensorboard, mlflow."""
-    experiment: Annotated[Any, tyro.conf.arg(name="")] = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepOptions:
-    """Train every row of a sweep with every seed; what is done is skipped, what was stopped is continued."""
-
-    seeds: tuple[int, ...] = ()
-    """Instead of the file's seeds."""
-    jobs: int | None = None
-    """Runs at a time, instead of the file's number; 0: one per core."""
-    output: Path | None = None
-    """The folder of the run folders, instead of the file's."""
-    match: str = "*"
-    """Only rows whose names match this pattern (and those that they start from)."""
-    dry_run: bool = False
-    """List the runs and how far they are; train nothing."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InspectOptions:
-    """Print who holds what and what a round costs; nothing is trained."""
-
-    file: tyro.conf.Suppress[str] = ""
-    json: bool = False
-    """Print JSON."""
-    picture: Path | None = None
-    """Also draw the partition into this .png or .svg file."""
-    experiment: Annotated[Any, tyro.conf.arg(name="")] = None
-
-
 def parse_experiment(verb: str, options: type, arguments: list[str]) -> Any:
     """Reads `[EXP] --flags` into an options object whose field `experiment` is complete."""
     from fedtail import config
@@ -331,7 +314,8 @@ def parse_experiment(verb: str, options: type, arguments: list[str]) -> Any:
     table = config.to_dict(config.load(file) if file else config.Experiment())
     rest = config.pick_names(table, arguments[1:] if file else arguments)
     experiment: Experiment = config.from_dict(config.Experiment, table)
-    return typed(f"{verb} [EXP]", options, "experiment", experiment, rest, file=file)
+    given = {"file": file} if hasattr(options, "file") else {}
+    return typed(f"{verb} [EXP]", options, "experiment", experiment, rest, **given)
 
 
 def typed(verb: str, options: type, name: str, value: Any, arguments: list[str], **given: Any) -> Any:
@@ -347,8 +331,9 @@ def typed(verb: str, options: type, name: str, value: Any, arguments: list[str],
 TYPED: dict[str, Callable[..., None]] = {
     "resume": resume, "evaluate": evaluate, "compare": compare, "plot": plot, "report": report, "show": show,
     "list": list_, "demo": demo, "data get": data_get, "data add": data_add,
+    "node check": node_check,
 }  # fmt: skip
-FREE: dict[str, Callable[[list[str]], None]] = {"run": run, "inspect": inspect, "check": check}
+FREE: dict[str, Callable[[list[str]], None]] = {"run": run, "inspect": inspect, "check": check, "deploy": deploy}
 
 
 def dispatch(arguments: list[str]) -> None:
@@ -362,9 +347,9 @@ def dispatch(arguments: list[str]) -> None:
         print(__version__)
         return
     verb, rest = arguments[0], arguments[1:]
-    if verb == "data" and rest:
-        verb, rest = f"data {rest[0]}", rest[1:]
-    if verb in ("data -h", "data --help"):
+    if verb in ("data", "node") and rest:
+        verb, rest = f"{verb} {rest[0]}", rest[1:]
+    if verb in ("data -h", "data --help", "node -h", "node --help"):
         print(HELP)
         return
     if verb in FREE:

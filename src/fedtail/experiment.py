@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from fedtail.data.federated import FederatedData
 from fedtail.data.members import Members
 from fedtail.data.plan import make_plan
 from fedtail.drift import Drift
-from fedtail.engines import distributed, make_engine
+from fedtail.engines import EngineOptions, distributed, make_engine
 from fedtail.engines.base import Engine, Setting, Sink, blame, one_thread
 from fedtail.engines.choice import resolve
 from fedtail.engines.loop import iterate
@@ -52,7 +52,9 @@ class RoundResult(NamedTuple):
 class Federation:
     """An experiment under way: the fixed setting and the state between two rounds."""
 
-    def __init__(self, experiment: Experiment, data: FederatedData | None = None, initial: Variables | None = None):
+    def __init__(self, experiment: Experiment, data: FederatedData | None = None, initial: Variables | None = None,
+                 engine: Callable[[EngineOptions, Setting], Engine] = make_engine):  # fmt: skip
+        self._make = engine
         check_device(experiment.device)
         distributed.join(experiment.device)
         if experiment.algorithm.needs_start(experiment.rounds) and not experiment.start:
@@ -96,7 +98,7 @@ class Federation:
         )
 
     def _running(self, setting: Setting) -> Engine:
-        engine = make_engine(self.experiment.engine, setting)
+        engine = self._make(self.experiment.engine, setting)
         return distributed.DistributedEngine(engine) if distributed.ranks() > 1 else engine
 
     def close(self) -> None:
@@ -147,7 +149,8 @@ class Federation:
             sink = self._phase(phase, trained)
             trained += phase.local
             name = "train" if phase.name == "train" else phase.name
-            record[name] = {"clients": len(sink.states), "examples": sink.examples, **plain(sink.metrics())}
+            record[name] = {"clients": len(sink.states), "examples": sink.examples,
+                            **plain(sink.metrics()), **sink.lost()}  # fmt: skip
         if len(self.data.server):
             record["server"] = self._server_data()
         ctx = self.context()
@@ -326,8 +329,8 @@ def resume(folder: str | Path) -> Iterator[RoundResult]:
     return rounds_of(reopen(folder), Path(folder))
 
 
-def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
-    """Returns a run's federation in the state of a checkpoint ("checkpoint" or "best")."""
+def reopen(folder: str | Path, checkpoint: str = "checkpoint", **given: Any) -> Federation:
+    """Returns a run's federation (with what else it is given) in the state of a checkpoint ("checkpoint" or "best")."""
     path = Path(folder)
     if not (path / "config.toml").is_file():
         raise CheckpointError(f"{path} is not a run folder: it has no config.toml. `fedtail run` makes one.")
@@ -337,7 +340,7 @@ def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
     snapshot = load_checkpoint(path / f"{checkpoint}.safetensors", *belongs, experiment.engine.states_bytes())
     kept = path / "initial.safetensors"  # an older run with `start` has none and needs the run that it starts from
     initial: Any = load_checkpoint(kept, *belongs).server if kept.is_file() else None
-    federation = Federation(experiment, initial=initial)
+    federation = Federation(experiment, initial=initial, **given)
     federation.restore(snapshot)
     return federation
 
@@ -363,6 +366,7 @@ def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult
     with contextlib.closing(federation), runs.locked(path) if path else contextlib.nullcontext():
         size = 0
         if path is not None:
+            runs.check_clients(path, Members.of(federation.data.owners).offsets)
             file, limit = path / "checkpoint.safetensors", experiment.engine.states_bytes()
             latest = read_meta(file)
             if latest["round"] != federation.round:  # another process went on before we had the lock

@@ -123,6 +123,27 @@ def locked(folder: Path) -> Generator[None]:
         yield
 
 
+def check_clients(folder: Path, offsets: np.ndarray[Any, Any]) -> None:
+    """Raises CheckpointError if the run began on clients of other sizes: on the sites of a deployment, or on other files.
+
+    Args:
+        folder: the run.
+        offsets: of the clients' examples now, int64 (clients + 1,).
+    """
+    path = folder / "partition.npz"
+    if not path.is_file():
+        return
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            before = arrays["offsets"]
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
+        return  # whoever reads the run is told
+    if not np.array_equal(before, offsets):
+        raise CheckpointError(f"{folder} began with {len(before) - 1} clients of {before[-1]} examples, the data here give "
+                              f"{len(offsets) - 1} of {offsets[-1]}. Continue a deployment on sites with `flwr run`, "
+                              "and any other run on the data that it began with.")  # fmt: skip
+
+
 def truncate_metrics(folder: Path, size: int) -> None:
     """Cuts metrics.jsonl back to the bytes that the checkpoint knows of, and timings.jsonl to whole lines.
 

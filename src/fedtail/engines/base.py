@@ -63,6 +63,7 @@ class Sink:
         self.answers: list[Answer] = []  # in ascending client index
         self._metrics: dict[str, Tensor] = {}
         self.examples = 0
+        self.dropped: dict[int, str] = {}  # clients whose result never came, and why
 
     @property
     def updates(self) -> list[Tree]:
@@ -86,6 +87,15 @@ class Sink:
     def add(self, result: Result) -> None:
         """Takes one result; adds it, and those that waited for it, when its turn has come."""
         self._waiting[result.client] = result
+        self._advance()
+
+    def drop(self, client: int, why: str) -> None:
+        """Gives up a client's result: the mean is over the others, with their weights."""
+        self.dropped[client] = why
+        self._order.remove(client)
+        self._advance()
+
+    def _advance(self) -> None:
         while self._next < len(self._order) and self._order[self._next] in self._waiting:
             self._reduce(self._waiting.pop(self._order[self._next]))
             self._next += 1
@@ -112,6 +122,10 @@ class Sink:
             weight = self._first.weight
             self._sum = trees.tree_map(lambda u: _wide(u) * weight, self._first.update)
         return self._sum
+
+    def lost(self) -> dict[str, Any]:
+        """Returns who dropped out and why, for the record of the round; nothing where all answered."""
+        return {"dropped": {str(client): why for client, why in sorted(self.dropped.items())}} if self.dropped else {}
 
     def sums(self) -> Tree:
         """Returns everything that is a sum over clients, as a tree of tensors: what several sinks may add up."""
