@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedtail import SGD, Batch, Data, EngineOptions, Evaluation, Experiment, FedAvg, FedGraB, LocalWork, run
-from fedtail.algorithms.fedgrab import Controller, Gate
+from fedtail.algorithms.fedgrab import Controller
 from fedtail.data.longtail import Exponential
 from fedtail.data.partition import DirichletMultinomial
 from fedtail.losses import one_hot
@@ -29,13 +29,13 @@ from fedtail.runs import environment
 class Observed(FedGraB):
     """Fed-GraB that also reports the gradients it would have had without the balancer."""
 
-    def balance(self, state: Controller, allowed: Gate, draw: Tensor, z: Tensor, batch: Batch) -> Any:
+    def balance(self, state: Controller, bypass: Tensor, draw: Tensor, z: Tensor, batch: Batch) -> Any:
         """As Fed-GraB, with two more metrics, each (classes,)."""
-        loss, new, metrics = super().balance(state, allowed, draw, z, batch)
+        surrogate, new, metrics = super().balance(state, bypass, draw, z, batch)
         y = one_hot(batch.y, z.shape[-1], z.dtype)
         size = (torch.sigmoid(z.detach()) - y).abs() / batch.size
         return (
-            loss,
+            surrogate,
             new,
             {**metrics, "plain_positive": batch.sum(y * size), "plain_negative": batch.sum((1 - y) * size)},
         )

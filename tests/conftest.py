@@ -1,8 +1,14 @@
 """What holds for every test: one intra-op thread, and no deadline for generated examples on a busy machine."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job; what the tests start would too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 settings.register_profile("fedtail", deadline=None)
 settings.load_profile("fedtail")

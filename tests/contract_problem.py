@@ -29,7 +29,7 @@ from fedtail.engines import EngineOptions
 from fedtail.experiment import Federation
 from fedtail.local import delta, descend, sgd_step, start
 from fedtail.losses import LOSSES, LogitAdjustment, Loss, cross_entropy, one_hot
-from fedtail.optim import SGD, Adam, Params, Partition
+from fedtail.optim import SGD, Adam, Nadam, Params, Partition
 from fedtail.task import Draw, Task, Variables
 
 __all__ = ["CLASSES", "LOOP", "ROUNDS", "federated", "form"]  # of the package's problems, which the tests share
@@ -321,6 +321,13 @@ def _cases() -> dict[str, Algorithm]:
             found[name] = cls(optimizer=PLAIN, sparsity=0.0, norm=0.5, etf_steps=3)
         elif name == "climb":  # weights that move within three rounds
             found[name] = cls(optimizer=PLAIN, lr_dual=30.0, eps=0.1, period=2)
+        elif name == "lightweight":  # both stages within three rounds
+            short = {"dual_rounds": 1, "unfreeze_rounds": (1,)}
+            found[name] = cls(optimizer=PLAIN, final=PLAIN, **short)
+            nadam = Nadam(lr=0.01, eps=1e-4)
+            found[f"{name}-averaged"] = cls(
+                optimizer=nadam, moments="averaged", schedule="notebook", heads="first", **short
+            )
         else:
             found[name] = cls(optimizer=PLAIN)
     avg = config.resolve(Algorithm, "fedavg")
@@ -331,6 +338,9 @@ def _cases() -> dict[str, Algorithm]:
     opt = config.resolve(Algorithm, "fedopt")
     found.update({f"fedopt-{server}": opt(optimizer=PLAIN, server=server) for server in ("avgm", "yogi", "adagrad")})
     found["fednova-proximal"] = config.resolve(Algorithm, "fednova")(optimizer=SGD(lr=0.1, momentum=0.0), mu=0.7)
+    ga = config.resolve(Algorithm, "fedga")
+    found["fedga-exact"] = ga(optimizer=PLAIN, form="exact", counts="client", strength=0.7, weights="size")
+    found["fedrs-soft"] = config.resolve(Algorithm, "fedrs")(optimizer=PLAIN, soft=True)
     found["fedavg-partition"] = avg(optimizer=Partition(parts={"": PLAIN, "head": Adam(lr=0.01, eps=1e-4)}))
     for name in LOSSES:
         if name != "cross_entropy":
@@ -367,7 +377,7 @@ class Outcome(NamedTuple):
 def outcome(case: str, problem: str, engine: EngineOptions = LOOP, seed: int = 0) -> Outcome:
     """Runs a case on a problem; the last record holds scores."""
     running = federation(case, problem, engine, seed)
-    found = Outcome([], [], [], [], running.task.initial)
+    found = Outcome([], [], [], [], running.engine.setting.task.initial)
     try:
         for index in range(ROUNDS):
             found.stages.append(running.stage)

@@ -108,7 +108,12 @@ def test_fedavg_passes_through_the_python_door():
 
 
 FROZEN = {"fedbabu": ("head.",)}  # on purpose
-SHORT = {"crt": {"retrain_rounds": 1}}  # defaults that need more than three rounds
+# defaults that need more than three rounds, or a larger problem
+SHORT = {
+    "fedloge": {"sparsity": 0.3, "etf_steps": 20},
+    "crt": {"retrain_rounds": 1},
+    "lightweight": {"dual_rounds": 1, "unfreeze_rounds": (1,)},
+}
 
 
 @pytest.mark.slow

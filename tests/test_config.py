@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 import fedtail
 from fedtail import config
+from fedtail.affine import Affine
 from fedtail.algorithm import Algorithm
+from fedtail.algorithms import fedga, fedlc, fedrs
 from fedtail.algorithms.apfl import APFL
 from fedtail.algorithms.ccvr import CCVR
 from fedtail.algorithms.climb import CLIMB
@@ -22,17 +24,22 @@ from fedtail.algorithms.ditto import Ditto
 from fedtail.algorithms.eqlv2 import EQLv2
 from fedtail.algorithms.fedbabu import FedBABU
 from fedtail.algorithms.fedbn import FedBN
+from fedtail.algorithms.feddecorr import FedDecorr
 from fedtail.algorithms.feddyn import FedDyn
 from fedtail.algorithms.fedetf import FedETF
 from fedtail.algorithms.fedloge import FedLoGe
 from fedtail.algorithms.fednova import FedNova
+from fedtail.algorithms.fedntd import FedNTD
 from fedtail.algorithms.fedopt import FedOpt
 from fedtail.algorithms.fedper import FedPer
 from fedtail.algorithms.fedproto import FedProto
 from fedtail.algorithms.fedrep import FedRep
 from fedtail.algorithms.fedrl import FedRL
 from fedtail.algorithms.fedrod import FedROD
+from fedtail.algorithms.fedsam import FedSAM
 from fedtail.algorithms.lg_fedavg import LGFedAvg
+from fedtail.algorithms.lightweight import Lightweight
+from fedtail.algorithms.moon import MOON
 from fedtail.algorithms.pfedme import PFedMe
 from fedtail.algorithms.posthoc import PostHoc
 from fedtail.config import REGISTRIES, Data, Evaluation, Experiment, Participation, from_dict, to_dict
@@ -42,6 +49,7 @@ from fedtail.losses import (
     LDAM,
     BalancedSoftmax,
     ClassWeighted,
+    FedGA,
     FedIR,
     FedLC,
     FedRS,
@@ -52,7 +60,7 @@ from fedtail.losses import (
 )
 from fedtail.metrics import OLTR, Cumulative, Explicit, Thirds
 from fedtail.models import specs
-from fedtail.optim import OPTIMIZERS, SGD, Adam, Optimizer, Partition
+from fedtail.optim import OPTIMIZERS, SGD, Adam, Nadam, Optimizer, Partition
 from fedtail.schedule import Constant, Cosine, StepDecay
 
 # One value of every class that a configuration can name, with other than default options where it has any.
@@ -82,6 +90,13 @@ CHOICES = [
         bias="keep",
         personal_bias="private",
     ),
+    fedga.FedGA(form="exact", counts="client", strength=0.5, weights="size"),
+    fedlc.FedLC(tau=0.5),
+    fedrs.FedRS(alpha=0.3, soft=True),
+    FedNTD(beta=0.5, tau=3.0),
+    MOON(mu=1.0, tau=0.2),
+    FedDecorr(beta=0.05, loss=FedGA(form="exact", counts="client", strength=0.5)),
+    FedSAM(rho=0.1),
     FedPer(share_private=True),
     FedRep(head_share=0.25, share_private=True),
     LGFedAvg(share_private=True),
@@ -93,6 +108,23 @@ CHOICES = [
     APFL(mix=0.25, adaptive="batch"),
     FedROD(loss=Focal(gamma=1.0)),
     FedProto(lam=0.1, prediction="classifier"),
+    Lightweight(
+        optimizer=Nadam(lr=0.01, beta1=0.8, beta2=0.99, eps=1e-6, clip=1.0),
+        final=SGD(lr=0.1, weight_decay=0.1, decoupled=True),
+        loss=BalancedSoftmax(gamma=0.5),
+        augment=Affine(rotate=0.2, zoom=0.1, shift=0.1, brightness=0.3, composed=True),
+        schedule="notebook",
+        heads="first",
+        refit="kfold-continue",
+        moments="averaged",
+        dual_rounds=3,
+        unfreeze_rounds=(1, 2),
+        final_rounds=4,
+        patience=2,
+        final_patience=3,
+        min_delta=0.01,
+        ignored=1,
+    ),
     CReFF(features_per_class=9, match_lr=0.2, match_steps=8, retrain_lr=0.02, retrain_steps=6),
     fedtail.FedAvg(loss=Focal(gamma=1.0)),
     fedtail.FedAvg(loss=ClassWeighted(by="effective", beta=0.99)),
@@ -117,7 +149,9 @@ CHOICES = [
     partition.Natural(min_size=4),
     specs.MLP(hidden=(), dropout=0.25),
     specs.MLP(hidden=(64, 32)),
-    specs.LeNet(),
+    specs.LeNet(padding=2),
+    specs.BranchCNN(),
+    specs.Unified(branch=specs.MLP(hidden=(7,)), width=16, dropout=0.25),
     specs.ResNet8(norm="batch"),
     specs.ResNet20(norm="group"),
     specs.ResNet18(),
@@ -343,7 +377,7 @@ def test_messages_name_the_file_the_option_and_the_nearest_name(tmp_path):
         ("[data.partition]\nalfa = 1.0", r"mine\.toml: unknown option 'data\.partition\.alfa'; did you mean 'alpha'\?"),
         ("[algorithm.optimiser]\nlr = 1.0", r"unknown option 'algorithm\.optimiser'; did you mean 'optimizer'\?"),
         ("[local]\nzzz = 1", r"unknown option 'local\.zzz'\. Known are epochs, steps, batch_size, min_batch"),
-        ("[engine]\nworkers = -1", r"engine: workers and states_mib must be >= 0 .* got -1"),
+        ("[engine]\nworkers = -1", r"engine: workers, states_mib and chunk must be >= 0, got -1"),
     ]:
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from fedtail import runs
 
 COMMON = [
-    "--local.epochs", "1", "--data.partition.clients", "5", "--evaluation.drift", "--participation.fraction", "0.8",
+    "--local.epochs", "1", "--data.partition.clients", "5", "--evaluation.drift", "--evaluation.local_models", "1",
+    "--participation.fraction", "0.8",
     "--engine.name", "loop", "--dtype", "float64",
 ]  # fmt: skip
 

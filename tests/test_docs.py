@@ -279,3 +279,13 @@ def test_contributing_names_targets_of_the_makefile():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"`make ([a-z]+)`", (ROOT / "CONTRIBUTING.md").read_text()))
     assert {"test", "lint", "demo"} <= named <= targets
+
+
+def test_opinions_name_every_method_that_takes_a_loss():
+    text = _sections(ROOT / "docs" / "opinions.md")["Opinions"]
+    [paragraph] = [p for p in text.split("\n\n") if p.startswith("**What combines, and what does not.**")]
+    spelled = {"fedopt": "FedOpt", "creff": "CReFF", "crt": "cRT", "lg_fedavg": "LG-FedAvg"}
+    takes = {name for name in ALGORITHMS if "loss" in {f.name for f in dataclasses.fields(resolve(Algorithm, name))}}
+    named = {word.lower() for word in re.findall(r"[\w-]+", paragraph.partition("So `loss")[0])}
+    assert {spelled.get(name, name).lower() for name in takes} <= named
+    assert not {name for name in ALGORITHMS if name in named} - takes

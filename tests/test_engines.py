@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import os
+import signal
 import sys
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +20,7 @@ from fedtail.data.federated import FederatedData
 from fedtail.engines import make_engine
 from fedtail.engines.base import Result, Sink
 from fedtail.engines.choice import activation_bytes, choose, fitting, free_memory, padded_share
+from fedtail.engines.loop import run_client
 from fedtail.engines.processes import ALIGN, Block
 from fedtail.errors import ConfigError, DataError, TrainingError
 from fedtail.experiment import Federation
@@ -533,7 +537,7 @@ def test_a_client_that_drops_out_leaves_the_mean_of_the_others(when):
     for do in steps:
         do()
     assert sink.mean()["w"].tolist() == [3.0, 3.0]
-    assert (sink.total, sink.examples, list(sink.states)) == (4.0, 2, [2, 9])
+    assert (sink.total, sink.examples, [answer.client for answer in sink.answers]) == (4.0, 2, [2, 9])
     assert sink.lost() == {"dropped": {"5": "gone"}}
     assert Sink([0]).lost() == {}
 
@@ -574,7 +578,7 @@ def test_results_wait_for_their_turn():
         sink = Sink(ids[::-1])
         for k in order:
             sink.add(results[k])
-        assert list(sink.states) == ids
+        assert [answer.client for answer in sink.answers] == ids
         means.append((sink.mean(), sink.metrics()))
     assert trees.equal(means[0], means[1])
     assert trees.equal(means[0], means[2])
@@ -625,16 +629,23 @@ LIGHT = "processes" if sys.platform == "linux" else "parallel"
         (LARGE, (10,), 100, 2, LIGHT),
         (HUGE, (10,), 100, 2, "parallel"),
         (LARGE, (10,), 100, 1, "loop"),
-        (CONVOLUTION, (1, 4, 4), 100, 8, "parallel"),
+        (CONVOLUTION, (1, 4, 4), 100, 8, LIGHT),
         (CONVOLUTION, (1, 4, 4), 1, 8, "loop"),
         (SMALL, (10,), 1, 8, "loop"),
         (SMALL, (10,), 24, 1, "loop"),
     ],
 )
-def test_the_rule_of_auto(module, shape, cohort, cores, expected):
+def test_the_rule_of_auto(module, shape, cohort, cores, expected, monkeypatch):
+    monkeypatch.setattr("threading.active_count", lambda: 1)  # pytest may have threads of its own
     name, reason = choose(task_of(module, shape), cohort, cores)
     assert name == expected
     assert str(cohort) in reason
+
+
+def test_auto_does_not_fork_beside_other_threads(monkeypatch):
+    monkeypatch.setattr("threading.active_count", lambda: 2)
+    assert choose(task_of(CONVOLUTION, (1, 4, 4)), 100, 2) == (
+        "parallel", "100 clients a round on 2 cores, in a process with other threads")  # fmt: skip
 
 
 def test_the_chunk_is_what_half_of_the_free_memory_holds():
@@ -807,6 +818,46 @@ def test_workers_end_with_their_engine():
     assert not any(process.is_alive() for process in workers)
 
 
+def heavy(worker, item):
+    """Enough work for MKL to keep memory for the thread."""
+    for size in (8, 32, 7, 256):
+        x = torch.randn(size, 3, 32, 32, requires_grad=True)
+        nn.functional.conv2d(x, torch.ones(6, 3, 5, 5)).flatten(1).matmul(torch.ones(6 * 28 * 28, 120)).sum().backward()
+    return threading.get_native_id()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("engine", [EngineOptions(name="parallel", workers=2), PROCESSES], ids=lambda e: e.name)
+def test_a_closed_engine_leaves_no_thread_that_is_still_ending(engine):
+    """A process forked while a thread of MKL ends waits for ever for a lock that nobody gives back."""
+    running = federation(FedAvg(), engine)
+    for _ in range(3):
+        threads = set(running.engine.map_batches(heavy, range(8)))
+        running.engine.close()
+        assert not any(os.path.exists(f"/proc/self/task/{thread}") for thread in threads)
+
+
+@pytest.mark.slow
+def test_processes_fork_again_after_evaluation_threads_have_ended(monkeypatch):
+    """Without the wait in `ParallelEngine.close` about every tenth worker never answers."""
+
+    def rings(*_):
+        raise AssertionError("A worker hangs.")
+
+    monkeypatch.setattr("fedtail.engines.processes.run_client", lambda *args: heavy(None, 0) and run_client(*args))
+    before = signal.signal(signal.SIGALRM, rings)
+    signal.alarm(120)
+    try:
+        with contextlib.closing(federation(FedAvg(), PROCESSES)) as running:
+            for _ in range(25):
+                running.engine.map_batches(heavy, range(4))
+                running.engine.close()
+                running.step()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_a_block_keeps_what_fits_and_hands_on_the_rest():
     block = Block(2 * ALIGN)
     tree = {"a": torch.arange(3.0), "b": (torch.tensor(7), torch.ones(100, dtype=torch.float64)), "c": torch.zeros(0)}
@@ -843,3 +894,12 @@ def test_processes_need_a_cpu():
     elsewhere = dataclasses.replace(setting, task=dataclasses.replace(setting.task, device=torch.device("meta")))
     with pytest.raises(ConfigError, match='device = "cpu"'):
         make_engine(PROCESSES, elsewhere)
+
+
+def test_an_interrupt_of_the_whole_group_leaves_the_workers_to_their_parent():
+    with contextlib.closing(federation(FedAvg(), PROCESSES)) as running:
+        running.step()
+        for hand in running.engine._pool:
+            os.kill(hand.process.pid, signal.SIGINT)
+        running.step()
+        assert all(hand.process.is_alive() for hand in running.engine._pool)

@@ -199,3 +199,13 @@ def test_what_cannot_be_made(data):
         federate(dataclasses.replace(data, partition=DirichletProportional(clients=40)), 0)
     with pytest.raises(PartitionError, match=r"data\.longtail: .* Use "):
         federate(dataclasses.replace(data, longtail=Exponential(factor=1e4)), 0)
+
+
+def test_images_are_normalised_unless_they_are_only_to_be_scaled():
+    """Digits have bytes 0..255; with `normalise = false` the network sees them divided by 255, and nothing else changes."""
+    plain, scaled = (federate(Data(normalise=normalise), 0) for normalise in (True, False))
+    assert same(plain, scaled)
+    x = plain.test["x"][:50]
+    inputs = scaled.prepare(x, torch.float64)
+    torch.testing.assert_close(inputs, x.double() / 255, rtol=0, atol=0)
+    torch.testing.assert_close(plain.prepare(x, torch.float64), (inputs - 0.30542) / 0.37573, rtol=0, atol=1e-12)

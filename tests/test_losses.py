@@ -17,6 +17,7 @@ from fedtail.losses import (
     BalancedSoftmax,
     ClassWeighted,
     CrossEntropy,
+    FedGA,
     FedIR,
     FedLC,
     FedRS,
@@ -37,6 +38,9 @@ ALL = [
     LogitAdjustment(prior="given", given=(0.1, 0.2, 0.3, 0.4)),
     LogitAdjustment(prior="estimated"),
     FedRS(soft=True),
+    FedGA(form="exact"),
+    FedGA(counts="client"),
+    FedGA(form="exact", counts="client"),
 ]
 every_loss = pytest.mark.parametrize("loss", ALL, ids=repr)
 ROWS = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0], [0.0, 3.0]], dtype=torch.float64)  # norms 5, 2, 1, 3
@@ -84,6 +88,8 @@ TABLE = {
     FedRS(alpha=0.5): (-0.510538, 0.296874, 0.073712, 0.066241),
     BalancedSoftmax(): (-0.702464, 0.541395, 0, 0.161069),
     FedLC(tau=1.0): (-0.477915, 0.387526, 0, 0.090389),
+    FedGA(form="exact", counts="client"): (-0.497099, 0.915075, 0, 0.272241),
+    FedGA(counts="client"): (-0.844210, 0.704541, -0.085596, 0.225265),
     # Worked out the same way: a = (.625, .875, .5, 1), g = a (softmax(a z) - e_0); e^z n^.5; e^z exp(-.5 n^(-1/4));
     # e^z (.4, .3, .2, .1); the rarest class held has the whole margin, 2 (softmax(2 (z - .2 e_0)) - e_0).
     FedRS(alpha=0.5, soft=True): (-0.371365, 0.294379, 0.088921, 0.079910),
@@ -98,7 +104,9 @@ TABLE = {
 def test_logit_gradients_of_the_numeric_example(loss, gradient):
     _, found = value_and_grad(loss, double([1, 0.5, -0.4, -1]), [0], NUMBERS)
     np.testing.assert_allclose(found[0], gradient, atol=1e-5)
-    if not isinstance(loss, FedRS):  # all others only redistribute
+    if isinstance(loss, FedGA) and loss.form == "exact":  # m / n_y - 1 with m = sum_c n_c p_c
+        assert float(found.sum()) == pytest.approx(3.380433 / 2 - 1, abs=1e-6)
+    elif not isinstance(loss, FedRS):  # all others only redistribute
         assert abs(float(found.sum())) < 1e-12
 
 
@@ -292,7 +300,9 @@ def test_every_option_matters(loss):
     z, counts = logits(), (2, 60, 0, 8)
     before = value_and_grad(loss, z, LABELS, counts)[1]
     for name, value in vars(loss).items():
-        if name in ("prior", "given", "counts", "by", "drw", "soft") or (name == "beta" and not uses_beta(loss)):
+        if name in ("prior", "given", "counts", "by", "drw", "soft", "form") or (
+            name == "beta" and not uses_beta(loss)
+        ):
             continue
         if name == "epsilon" and getattr(loss, "prior", "estimated") != "estimated":
             continue

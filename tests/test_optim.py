@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedtail import trees
 from fedtail.errors import ConfigError
-from fedtail.optim import SGD, Adam, Foreach, ForeachInPlace, Partition, PerKey, clip_by_norm
+from fedtail.optim import SGD, Adam, Foreach, ForeachInPlace, Nadam, Partition, PerKey, clip_by_norm
 
 OPERATIONS = [PerKey(), Foreach(), ForeachInPlace()]
 STEPS = 12
@@ -264,3 +264,81 @@ def test_impossible_options(make, message):
     with pytest.raises(ConfigError) as found:
         make()
     assert str(found.value) == message
+
+
+def parabola(optimizer, ops, steps):
+    """The iterates of f(a) = 1.5 a^2 from 1.5."""
+    params = {"a": torch.tensor(1.5, dtype=torch.float64)}
+    state, found = optimizer.init(params), []
+    for _ in range(steps):
+        params, state = optimizer.update(ops, {"a": 3 * params["a"]}, state, {"a": params["a"].clone()})
+        found.append(float(params["a"]))
+    return found
+
+
+@pytest.mark.parametrize("ops", OPERATIONS, ids=lambda o: type(o).__name__)
+def test_nadam_on_a_parabola(ops):
+    """The numbers of Keras' Nadam; torch's with its own momentum_decay would be at 1.4919283 after ten steps."""
+    found = parabola(Nadam(), ops, 10)
+    expected = {1: 1.4989372, 2: 1.4981639, 3: 1.4974529, 10: 1.4922311}
+    assert {t: round(found[t - 1], 7) for t in expected} == expected
+
+
+def test_nadam_by_its_formulas():
+    """In plain Python: u_t, the product U_t, two means, and the look ahead."""
+    a, m, v, product = 1.5, 0.0, 0.0, 1.0
+    for t, found in enumerate(parabola(Nadam(), PerKey(), 25), 1):
+        g = 3 * a
+        now, ahead = (0.9 * (1 - 0.5 * 0.96**s) for s in (t, t + 1))
+        product *= now
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        hat = ahead * m / (1 - product * ahead) + (1 - now) * g / (1 - product)
+        a -= 0.001 * hat / ((v / (1 - 0.999**t)) ** 0.5 + 1e-7)
+        assert found == pytest.approx(a, abs=1e-12)
+
+
+@pytest.mark.parametrize("ops", OPERATIONS, ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("clip", [0.0, 1.5])
+def test_nadam_is_torchs_with_a_faster_decay(ops, clip):
+    def make(params):
+        return torch.optim.NAdam(params, lr=0.01, betas=(0.8, 0.99), eps=1e-7, momentum_decay=1.0)
+
+    found = ours(Nadam(lr=0.01, beta1=0.8, beta2=0.99, clip=clip), ops)
+    close(found, torchs(make, clip), 1e-9)
+
+
+def test_nadam_under_a_schedule_scales_the_step():
+    params, grads = {"a": torch.ones(3, dtype=torch.float64)}, {"a": torch.arange(1.0, 4.0, dtype=torch.float64)}
+    whole, half = (Nadam().update(PerKey(), trees.clone(grads), Nadam().init(params), trees.clone(params), s)[0]["a"]
+                   for s in (1.0, 0.5))  # fmt: skip
+    torch.testing.assert_close(1 - half, (1 - whole) / 2)
+
+
+@pytest.mark.parametrize("option", [{"beta1": 0.0}, {"beta2": 1.0}, {"lr": 0.0}, {"eps": 0.0}, {"clip": -1.0}])
+def test_nadams_options_have_ranges(option):
+    with pytest.raises(ConfigError, match=r"Nadam\."):
+        Nadam(**option)
+
+
+@pytest.mark.parametrize("ops", OPERATIONS, ids=lambda o: type(o).__name__)
+def test_decoupled_decay_of_sgd_as_keras_has_it(ops):
+    """p <- p (1 - lr wd), biases too; buf <- .9 buf + g; p <- p - lr (g + .9 buf)."""
+    optimizer = SGD(lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.3, decoupled=True)
+    start, grads = problem()
+    buffer = {k: torch.zeros_like(v) for k, v in start.items()}
+    for g, found in zip(grads, ours(optimizer, ops), strict=True):
+        for k in start:
+            buffer[k] = 0.9 * buffer[k] + g[k]
+            start[k] = start[k] * (1 - 0.01 * 0.3) - 0.01 * (g[k] + 0.9 * buffer[k])
+            torch.testing.assert_close(found[k], start[k], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("ops", OPERATIONS, ids=lambda o: type(o).__name__)
+def test_without_a_gradient_decay_is_one_factor(ops):
+    optimizer = SGD(lr=0.001, momentum=0.9, nesterov=True, weight_decay=1e-4, decoupled=True)
+    start, _ = problem()
+    zero = {k: torch.zeros_like(v) for k, v in start.items()}
+    found, _ = optimizer.update(ops, zero, optimizer.init(start), trees.clone(start))
+    for k, v in start.items():
+        torch.testing.assert_close(found[k], v * (1 - 1e-7), rtol=1e-15, atol=0)
+        assert not torch.equal(found[k], v)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -171,6 +172,33 @@ def finish(experiment, folder, after):
         next(rounds)
     rounds.close()
     list(fedtail.resume(folder))
+
+
+def test_a_run_from_before_an_option_existed_continues_and_continues_again(tmp_path):
+    """Its configuration and the hash in its checkpoint lack the option; both stay as they are."""
+    folder, whole = tmp_path / "old", tmp_path / "whole"
+    list(fedtail.run(QUICK, whole))
+    rounds = fedtail.run(QUICK, folder)
+    next(rounds)
+    rounds.close()
+    table = config.to_dict(config.load(folder))
+    del table["data"]["normalise"]
+    (folder / "config.toml").write_text(tomli_w.dumps(table))
+    old = load_checkpoint(folder / "checkpoint.safetensors")
+    old.meta["experiment"] = config.fingerprint(table)
+    save_checkpoint(folder / "checkpoint.safetensors", old)
+    before = (folder / "config.toml").read_bytes()
+    rounds = fedtail.resume(folder)
+    next(rounds)
+    rounds.close()
+    list(fedtail.resume(folder))
+    assert (folder / "config.toml").read_bytes() == before
+    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert trees.equal(reopen(folder).server, reopen(whole).server)
+    table["local"]["epochs"] += 1
+    (folder / "config.toml").write_text(tomli_w.dumps(table))
+    with pytest.raises(CheckpointError, match="belongs to another experiment"):
+        reopen(folder)
 
 
 CLIPPED = fedtail.SGD(lr=0.1, clip=0.3, weight_decay=0.01)

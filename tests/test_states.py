@@ -1,5 +1,6 @@
 """Kept client states: the same whether they are in memory or on the disk."""
 
+import contextlib
 from typing import NamedTuple
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fedtail import EngineOptions, Experiment, LocalWork, Scaffold, trees
 from fedtail.checkpoint import load_checkpoint, save_checkpoint
+from fedtail.engines.base import Sink
 from fedtail.experiment import Federation
 from fedtail.states import ClientStates
 
@@ -67,6 +69,20 @@ def test_the_files_go_with_the_object():
     assert file.exists()
     del states
     assert not file.exists()
+
+
+def test_the_new_states_of_a_cohort_are_bounded_too():
+    experiment = Experiment(rounds=1, algorithm=Scaffold(), local=LocalWork(epochs=1, batch_size=4),
+                            engine=EngineOptions(name="loop"))  # fmt: skip
+    with contextlib.closing(Federation(experiment, federated((6, 4, 8), images=False))) as running:
+        ctx = running.context()
+        plans = running.engine.setting.plans(ctx.round, 0, range(3))
+        sinks = [Sink(list(plans)), Sink(list(plans), limit=0)]
+        for sink in sinks:
+            running.engine.cohort(ctx.round, 0, running.message(ctx), {}, plans, sink)
+    whole, bounded = (sink.states for sink in sinks)
+    assert bounded.in_memory == trees.num_bytes(whole[0])  # the one that was written last
+    assert all(trees.equal(bounded[k], whole[k]) for k in range(3))
 
 
 def test_a_run_is_the_same_with_its_states_on_the_disk(tmp_path):

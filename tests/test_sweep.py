@@ -1,6 +1,7 @@
 """Sweeps: the file, the runs, and what happens when they are stopped, killed, or fail."""
 
 import dataclasses
+import itertools
 import os
 import re
 import signal
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from fedtail import FedAvg, FedGraB, FedProx, cli, config, runs, sweep, workers
+from fedtail.algorithms.climb import CLIMB
 from fedtail.data.longtail import Exponential, NoTail
-from fedtail.data.partition import IID
+from fedtail.data.partition import IID, DirichletEqualSize
 from fedtail.errors import CheckpointError, ConfigError
 from fedtail.experiment import run as begin
 from fedtail.losses import Focal
@@ -364,6 +366,42 @@ def test_the_experiments_of_this_repository(monkeypatch):
             found |= {f"{name}/{run}" for run, state in sweep.states(plan).items() if state == "done"}
     kept = {config.parent for config in (root / "results").glob("*/*/config.toml")}
     assert {f"{folder.parent.name}/{folder.name}" for folder in kept} <= found
+
+
+def test_the_presets_for_the_settings_of_fedga():
+    """Its table: learning rate and rounds by alpha, CLIMB's dual learning rate and tolerance, model; the rest is common.
+
+    A file's rounds are the most of its cells: the records of the earlier rounds are there, as the learning rate is constant.
+    """
+    alphas = (10.0, 1.0, 0.5, 0.1, 0.05)
+    table = {
+        "mnist": ("MLP", (0.1,) * 5, (100,) * 5, (2.0, 0.01)),
+        "cifar10": ("LeNet", (0.1,) * 5, (300, 300, 400, 400, 600), (0.1, 0.1)),
+        "svhn": ("LeNet", (0.3, 0.3, 0.3, 0.1, 0.1), (200, 200, 300, 600, 600), (0.5, 0.1)),
+        "cifar100": ("ResNet20", (0.1,) * 5, (500, 500, 600, 700, 900), (0.5, 0.001)),
+        "tiny_imagenet": ("ResNet20", (0.3,) * 5, (500, 500, 600, 900, 1100), (0.5, 0.1)),
+    }
+    root, found = Path(__file__).parents[1] / "experiments", set()
+    for file in sorted(root.glob("fedga_protocol_*.toml")):
+        plan = sweep.load(file)
+        longest: dict[float, int] = {}
+        for experiment in (run.experiment for run in plan.runs):
+            data, step = experiment.data, experiment.algorithm.optimizer
+            model, rates, rounds, climb = table[data.name]
+            place = alphas.index(data.partition.alpha)
+            assert (type(experiment.model).__name__, step.lr) == (model, rates[place]), file
+            assert (step.momentum, step.weight_decay, step.clip, data.normalise) == (0.0, 0.0, 5.0, False)
+            assert (data.partition.clients, experiment.participation.clients) == (100, 10)
+            assert (experiment.local.epochs, experiment.local.batch_size) == (2, 64)
+            assert isinstance(data.partition, DirichletEqualSize)
+            if isinstance(experiment.algorithm, CLIMB):
+                assert (experiment.algorithm.lr_dual, experiment.algorithm.eps) == climb
+            longest[data.partition.alpha] = rounds[place]
+            assert experiment.rounds >= rounds[place]
+            found.add((data.name, data.partition.alpha, experiment.seed, type(experiment.algorithm).__name__))
+        assert {run.experiment.rounds for run in plan.runs} == {max(longest.values())}
+    methods = ("FedAvg", "FedProx", "CLIMB", "FedRL", "FedNTD", "FedGA")
+    assert found == {*itertools.product(table, alphas, range(5), methods)}
 
 
 # ---- the estimate

@@ -10,8 +10,10 @@ of their own under benchmarks/speed/.env. All are started first; then, `--repeat
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,14 @@ OWN = {
     "naive loop": ["naive.py"],
 }
 
+GOALS = {  # the best readings of prototypes that had neither metrics nor client states; W3: faster than Flower and pfl
+    "W1": {"flower": 2.0, "pfl": 2.0, "naive loop": 2.5, "floor, 1 thread": 1.75, "floor, 2 threads": 1.3},
+    "W2a": {"flower": 6.0, "pfl": 2.0, "naive loop": 2.2, "floor, 1 thread": 1.6, "floor, 2 threads": 1.25},
+    "W2b": {"flower": 14.0, "pfl": 2.4, "naive loop": 2.6, "floor, 1 thread": 1.4, "floor, 2 threads": 1.35},
+    "W3": {"flower": 1.0, "pfl": 1.0, "naive loop": 2.1, "floor, 1 thread": 2.0, "floor, 2 threads": 1.3},
+    "G1": {"pfl": 20.0},
+}
+
 
 def environment(peer: str) -> Path:
     """Returns the Python of a peer's environment, which is made at the first call."""
@@ -53,8 +63,9 @@ def family(pid: int) -> list[int]:
     """Returns a process and all that it has started."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found += family(int(child))
+        with contextlib.suppress(OSError):  # a thread may end while we look
+            for child in task.read_text().split():
+                found += family(int(child))
     return found
 
 
@@ -82,15 +93,22 @@ class Contestant:
         self.errors.seek(0)
         raise RuntimeError(self.errors.read()[-2000:])
 
+    def signal(self, what: signal.Signals) -> None:
+        """Stops or continues the process and all that it has started: Ray works a little even when nothing is asked of it."""
+        for pid in family(self.process.pid):
+            os.kill(pid, what)
+
     def turn(self, seconds: float) -> tuple[float, float]:
-        """Plays rounds for so long; returns (samples a second, seconds a round)."""
+        """Plays rounds for so long; returns (samples a second, seconds a round). Between its turns it is stopped."""
         assert self.process.stdin
+        self.signal(signal.SIGCONT)
         total = samples = rounds = 0.0
         while total < seconds:
             self.process.stdin.write("go\n")
             self.process.stdin.flush()
             answer = self._answer()
             total, samples, rounds = total + answer["seconds"], samples + answer["samples"], rounds + 1
+        self.signal(signal.SIGSTOP)
         return samples / total, total / rounds
 
     def memory(self) -> float:
@@ -104,6 +122,7 @@ class Contestant:
     def close(self) -> None:
         """Ends it."""
         assert self.process.stdin
+        self.signal(signal.SIGCONT)
         self.process.stdin.close()
         try:
             self.process.wait(60)
@@ -127,6 +146,7 @@ def measure(name: str, own: list[str], peers: list[str], repeats: int, turn: flo
         print(f"{name}: {label} starts", flush=True)
         try:
             playing[label] = Contestant(python, words, file)
+            playing[label].signal(signal.SIGSTOP)
         except RuntimeError as error:
             readings[label] = {"failed": str(error)}
             print(f"{name}: {label} does not take part:\n{error}", flush=True)
@@ -168,6 +188,23 @@ def table(name: str, readings: dict[str, Any]) -> str:
     return head + "\n".join(rows) + "\n"
 
 
+def summary(workloads: dict[str, Any]) -> str:
+    """Returns how many times faster fedtail is than whom, with our goal, as a table in Markdown."""
+    names = ["flower", "pfl", "fluke", "naive loop", "floor, 1 thread", "floor, 2 threads"]
+    rows = [f"| times faster (goal) | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for name, readings in workloads.items():
+        cells = [name]
+        for label in names:
+            if "samples_per_second" not in readings.get(label, {}):
+                cells.append("-")
+                continue
+            goal = GOALS.get(name, {}).get(label)
+            ratio = np.median(ratios(readings, "fedtail auto", label))
+            cells.append(f"{ratio:.2f}" + (f" ({goal:g})" if goal else ""))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -193,7 +230,7 @@ def main() -> None:
         for name in workloads:
             found["workloads"][name] = measure(name, own, peers, args.repeats, args.turn, Path(folder))
             result.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    text = "\n".join(table(name, readings) for name, readings in found["workloads"].items())
+    text = "\n".join([summary(found["workloads"]), *(table(*each) for each in found["workloads"].items())])
     result.with_suffix(".md").write_text(f"{time.strftime('%Y-%m-%d')}, {found['machine']['text']}\n\n{text}")
     print(text)
 

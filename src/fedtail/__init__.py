@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from fedtail.algorithms.fedprox import FedProx
     from fedtail.algorithms.scaffold import Scaffold
     from fedtail.checks import check
-    from fedtail.config import Data, Experiment, Participation
-    from fedtail.data.plan import LocalWork
+    from fedtail.config import Data, Experiment
+    from fedtail.data.plan import LocalWork, Participation
     from fedtail.engines import EngineOptions
     from fedtail.errors import FedtailError
     from fedtail.evaluate import Evaluation
     from fedtail.experiment import RoundResult, load, resume, run
     from fedtail.local import Local, delta, descend, sgd_step, start
     from fedtail.losses import cross_entropy
-    from fedtail.optim import SGD, Adam
+    from fedtail.optim import SGD, Adam, Nadam
     from fedtail.personalise import Finetune
     from fedtail.runs import RunRecord, read
     from fedtail.task import Draw, Variables
@@ -33,17 +33,18 @@ _WHERE = {
     "Adam": "optim", "Algorithm": "algorithm", "Batch": "algorithm", "Client": "algorithm", "Context": "algorithm",
     "Data": "config", "Draw": "task", "EngineOptions": "engines", "Evaluation": "evaluate", "Experiment": "config",
     "FedAvg": "algorithms.fedavg", "FedGraB": "algorithms.fedgrab", "FedProx": "algorithms.fedprox",
-    "FedtailError": "errors", "Finetune": "personalise", "Local": "local", "LocalWork": "data.plan", "Participation": "config",
-    "Phase": "algorithm", "Round": "algorithm", "RoundResult": "experiment", "RunRecord": "runs", "SGD": "optim",
-    "Scaffold": "algorithms.scaffold", "Variables": "task", "check": "checks", "cross_entropy": "losses",
+    "FedtailError": "errors", "Finetune": "personalise", "Local": "local", "LocalWork": "data.plan", "Nadam": "optim",
+    "Participation": "data.plan", "Phase": "algorithm", "Round": "algorithm", "RoundResult": "experiment",
+    "RunRecord": "runs", "SGD": "optim", "Scaffold": "algorithms.scaffold",
+    "Variables": "task", "check": "checks", "cross_entropy": "losses",
     "delta": "local", "descend": "local", "load": "experiment", "read": "runs", "resume": "experiment", "run": "experiment",
     "sgd_step": "local", "start": "local",
 }  # fmt: skip
 
 __all__ = [
     "SGD", "Adam", "Algorithm", "Batch", "Client", "Context", "Data", "Draw", "EngineOptions", "Evaluation",
-    "Experiment", "FedAvg", "FedGraB", "FedProx", "FedtailError", "Finetune", "Local", "LocalWork", "Participation", "Phase",
-    "Round", "RoundResult", "RunRecord", "Scaffold", "Variables", "check", "cross_entropy", "delta", "descend", "load",
+    "Experiment", "FedAvg", "FedGraB", "FedProx", "FedtailError", "Finetune", "Local", "LocalWork", "Nadam", "Participation",
+    "Phase", "Round", "RoundResult", "RunRecord", "Scaffold", "Variables", "check", "cross_entropy", "delta", "descend", "load",
     "read", "resume", "run", "sgd_step", "start",
 ]  # fmt: skip
 

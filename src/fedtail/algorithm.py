@@ -32,12 +32,14 @@ class Phase(NamedTuple):
         cohort: "sample" (by participation) or "all".
         reduce: "mean" (the engine computes the weighted mean of the updates) or "collect" (the server gets them all).
         local: True trains for the configured local work; False goes through the client's data once, in order.
+        split: the client's training data, or what `data.client_validation` keeps out of them (with local = False).
     """
 
     name: str = "train"
     cohort: Literal["sample", "all"] = "sample"
     reduce: Literal["mean", "collect"] = "mean"
     local: bool = True
+    split: Literal["train", "validation"] = "train"
 
 
 class Round(NamedTuple):
@@ -121,6 +123,7 @@ class Algorithm(ABC):
     columns: ClassVar[Sequence[str]] = ("x", "y")
     personal: ClassVar[bool] = False  # predict differs between clients
     needs_server_data: ClassVar[bool] = False  # without data.server an experiment is refused
+    needs_branches: ClassVar[bool] = False  # it works on the model `unified` alone
 
     @property
     def shares_counts(self) -> bool:
@@ -183,6 +186,17 @@ class Algorithm(ABC):
     def stage_task(self, task: Task, stage: int) -> Task:
         """Returns the task of a stage: a pure function of the first task, so that a resumed run can rebuild it."""
         return task
+
+    def stage_data(self, data: Any, stage: int) -> Any:
+        """Returns a stage's FederatedData: a pure function of the first ones. Default: the same."""
+        return data
+
+    def sent(self, ctx: Context, message: Any) -> Tree:
+        """Returns what of the message travels to a client in this phase, for the count of bytes; default: all of it.
+
+        Only what every client of the cohort has kept from an earlier phase or round may be left out.
+        """
+        return message
 
     # across rounds, on one client
     def init_client(self, ctx: Context, message: Tree, rng: np.random.Generator) -> Tree:

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import importlib.util
 import inspect
 from pathlib import Path
 from typing import Literal
@@ -18,8 +17,7 @@ def listing(what: Kind) -> dict[str, str]:
     if what == "algorithms":
         return {name: _first_line(ast.get_docstring(_source(target))) for name, target in ALGORITHMS.items()}
     if what == "losses":
-        module = _source("fedtail.losses:Loss")
-        return {name: _first_line(ast.get_docstring(_class(module, target))) for name, target in _losses().items()}
+        return {name: _first_line(ast.get_docstring(_class(_source(t), t))) for name, t in _losses().items()}
     if what == "models":
         from fedtail.models.specs import MODELS
 
@@ -38,11 +36,9 @@ def _first_line(text: str | None) -> str:
 
 
 def _source(target: str) -> ast.Module:
-    """Parses the source of "module:Class" without importing it."""
-    spec = importlib.util.find_spec(target.partition(":")[0])
-    assert spec is not None
-    assert spec.origin is not None
-    return ast.parse(Path(spec.origin).read_text())
+    """Parses the source of "module:Class" without importing it, nor the package that it is in."""
+    path = Path(__file__).parent.joinpath(*target.partition(":")[0].split(".")[1:])
+    return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
 
 
 def _class(module: ast.Module, target: str) -> ast.ClassDef:
@@ -76,18 +72,22 @@ def option_docs(cls: ast.ClassDef) -> list[tuple[str, str, str]]:
 
 
 def show(name: str) -> str:
-    """Returns an algorithm's or a loss's page: citation, equations, differences, options.
+    """Returns an algorithm's or a loss's page: citation, equations, differences, options; both for a name of both.
 
     Raises:
         ConfigError: there is no such algorithm and no such loss.
     """
-    if (target := _losses().get(name)) is not None:
-        node = _class(_source(target), target)
-        return _page(name, ast.get_docstring(node), [node], {})
     shared = {"optimizer": ("SGD()", "What a client steps with (every algorithm has it).")}
+    pages: list[str] = []
     if name in ALGORITHMS:
         module = _source(ALGORITHMS[name])
-        return _page(name, ast.get_docstring(module), [_class(module, ALGORITHMS[name])], shared)
+        pages.append(_page(name, ast.get_docstring(module), [_class(module, ALGORITHMS[name])], shared))
+    if (target := _losses().get(name)) is not None:
+        node = _class(_source(target), target)
+        also = f"The loss {name}, for other algorithms:\n\n" if pages else ""
+        pages.append(also + _page(name, ast.get_docstring(node), [node], {}))
+    if pages:
+        return "\n\n".join(pages)
     from fedtail.algorithm import Algorithm
     from fedtail.config import resolve
 

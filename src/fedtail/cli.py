@@ -15,11 +15,13 @@ import tyro
 
 from fedtail.errors import ConfigError, FedtailError, did_you_mean
 from fedtail.options import InspectOptions, RunOptions, SweepOptions
+from fedtail.verbs import deploy, node_check
 
 if TYPE_CHECKING:
     from fedtail.config import Experiment
 
 Positional = tyro.conf.Positional
+Picture = Literal["partition", "classes", "groups", "curves", "prior", "balance", "clients", "asymmetry", "tradeoff"]
 HELP = """fedtail: federated learning on long-tailed, heterogeneous data
 
 usage: fedtail VERB ... (fedtail VERB --help tells more)
@@ -28,8 +30,9 @@ usage: fedtail VERB ... (fedtail VERB --help tells more)
   run SWEEP            train every row of a table with every seed, several at a time; continues what was stopped
   resume RUN           continue a run that was stopped, bit for bit
   evaluate RUN         scores of a run's checkpoint on a split
+  export RUN           the network as ONNX and safetensors, with size, operations, latency and a model card
   compare RUN...       one table over seeds; refuses runs that differ in more than the method
-  plot KIND RUN...     pictures: partition, classes, groups, curves, prior, balance, clients
+  plot KIND RUN...     pictures: partition, classes, groups, curves, prior, balance, clients, asymmetry, tradeoff
   report RUN...        one self-contained HTML page
   inspect EXP          who holds what, and what a round costs, before anything is trained
   list WHAT            algorithms, losses, models, datasets, partitions
@@ -86,10 +89,32 @@ def evaluate(
     print(_json(scores) if json else terminal.scores_table(scores))
 
 
+def export(
+    run: Positional[Path],
+    output: Path | None = None,
+    client: int | None = None,
+    checkpoint: Literal["checkpoint", "best"] = "checkpoint",
+) -> None:
+    """Write a run's network as ONNX and safetensors, with what it costs and a model card.
+
+    Args:
+        run: the run folder.
+        output: the folder to write; default: RUN/export.
+        client: a client's index, for its own network; default: the generic one.
+        checkpoint: the latest one, or the best by validation score.
+    """
+    from fedtail import export as module
+
+    folder = output or run / "export"
+    print(module.to_text(module.export(run, folder, client, checkpoint)))
+    print(folder)
+
+
 def compare(
     runs: Positional[tuple[Path, ...]],
     allow: tuple[str, ...] = (),
     format: Literal["text", "markdown", "latex", "csv", "json"] = "text",
+    traffic: bool = False,
 ) -> None:
     """One table: mean and spread over seeds, last round, with the paired difference to the first method and its interval.
 
@@ -97,10 +122,11 @@ def compare(
         runs: run folders.
         allow: dotted keys in which the runs may differ besides the method and the seed, for example data.longtail.
         format: how to print it; in csv and json accuracies are shares in [0, 1].
+        traffic: also a table of the bytes that were sent.
     """
     from fedtail import report, tables
 
-    comparison = report.compare(runs, allow)
+    comparison = report.compare(runs, allow, traffic)
     if format == "json":
         print(_json(tables.to_json(comparison)))
         return
@@ -109,7 +135,7 @@ def compare(
 
 
 def plot(
-    kind: Positional[Literal["partition", "classes", "groups", "curves", "prior", "balance", "clients"]],
+    kind: Positional[Picture],
     runs: Positional[tuple[Path, ...]],
     output: Path | None = None,
 ) -> None:
@@ -118,28 +144,28 @@ def plot(
     Args:
         kind: partition (class x client), classes (accuracy against class frequency), groups (head, medium and tail
             of many methods), curves (over rounds), prior (the analyser's estimate), balance (the balancer's gradients),
-            clients (spread over clients).
+            clients (spread over clients), asymmetry (EA by class over rounds), tradeoff (accuracy against EA).
         runs: run folders; partition, prior and balance take the first.
         output: a .png or .svg file; default: KIND.png.
     """
-    from fedtail import overview, plots
+    from fedtail import asymmetry, overview, plots
     from fedtail import runs as folders
 
     found = [folders.read(run) for run in runs]
     if not found:
         raise ConfigError("plot needs at least one run folder.")
-    first: Any = found[0]
     figure = {
-        "partition": lambda: plots.partition(first.counts),
-        "prior": lambda: plots.prior(first),
-        "balance": lambda: plots.balance(first),
+        "partition": lambda: plots.partition(found[0].counts),
+        "prior": lambda: plots.prior(found[0]),
+        "balance": lambda: plots.balance(found[0]),
         "classes": lambda: plots.classes(found),
         "groups": lambda: overview.groups(found),
         "curves": lambda: plots.curves(found),
         "clients": lambda: plots.clients(found),
+        "asymmetry": lambda: asymmetry.classes(found),
+        "tradeoff": lambda: asymmetry.tradeoff(found),
     }[kind]()
-    path = output or Path(f"{kind}.png")
-    plots.save(figure, path)
+    plots.save(figure, path := output or Path(f"{kind}.png"))
     print(path)
 
 
@@ -217,28 +243,6 @@ def demo(output: Path = Path("runs/demo"), rounds: int = 0) -> None:
     from fedtail import demo as module
 
     module.main(output, rounds)
-
-
-def node_check(app: Positional[Path], client: int, data: str = "") -> None:
-    """Say whether a site's data fit an app, before the site joins; nothing leaves the machine.
-
-    Args:
-        app: the folder that `fedtail deploy` wrote.
-        client: the client's number.
-        data: the site's own data: an .npz file with x and y, or a folder CLASS/NAME.png; empty in a rehearsal.
-    """
-    from fedtail.flower import node
-
-    print(node.check(app, client, data))
-
-
-def deploy(arguments: list[str]) -> None:
-    """Write a Flower app that runs an experiment on real nodes."""
-    from fedtail.flower import deploy as module
-
-    folder = "" if len(arguments) < 2 or arguments[1].startswith("-") else arguments[1]
-    command = parse_experiment("deploy", module.Deploy, [arguments[0], *arguments[2:]] if folder else arguments)
-    print(module.write(command, folder))
 
 
 def run(arguments: list[str]) -> None:
@@ -329,7 +333,7 @@ def typed(verb: str, options: type, name: str, value: Any, arguments: list[str],
 
 
 TYPED: dict[str, Callable[..., None]] = {
-    "resume": resume, "evaluate": evaluate, "compare": compare, "plot": plot, "report": report, "show": show,
+    "resume": resume, "evaluate": evaluate, "export": export, "compare": compare, "plot": plot, "report": report, "show": show,
     "list": list_, "demo": demo, "data get": data_get, "data add": data_add,
     "node check": node_check,
 }  # fmt: skip

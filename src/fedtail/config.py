@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import numpy as np
 import tomli_w
 
 from fedtail.algorithm import Algorithm
@@ -25,7 +24,7 @@ from fedtail.algorithms.fedavg import FedAvg
 from fedtail.data.augment import Augmentation
 from fedtail.data.longtail import LONGTAILS, Exponential, LongTail
 from fedtail.data.partition import PARTITIONS, DirichletMultinomial, Partition
-from fedtail.data.plan import LocalWork
+from fedtail.data.plan import LocalWork, Participation
 from fedtail.engines import EngineOptions
 from fedtail.errors import ConfigError, did_you_mean
 from fedtail.evaluate import Evaluation
@@ -34,7 +33,6 @@ from fedtail.metrics import GROUP_RULES, GroupRule
 from fedtail.models.specs import MLP, MODELS, ModelSpec, UserModel
 from fedtail.optim import OPTIMIZERS, Optimizer
 from fedtail.schedule import SCHEDULES, Constant, Schedule
-from fedtail.seeds import Stream, generator
 from fedtail.userfile import run_file, split_target, user_module
 
 
@@ -50,14 +48,19 @@ class Data:
     """The cut that makes the union long-tailed."""
     partition: Partition = DirichletMultinomial(clients=8, alpha=0.5)
     """Who holds what."""
+    normalise: bool = True
+    """Inputs have mean 0 and deviation 1 by channel; false: they are scaled to 0..1 alone, as in FedGA's experiments."""
     augmentation: Augmentation = "none"
     """Random crop (padding 4) and flip of training images."""
     validation: int = 0
     """Images of each class kept out of training for model selection, taken before the long-tail cut."""
     server: int = 0
     """Images of each class given to the server, taken before the long-tail cut; for methods that have server data."""
+    client_validation: float = 0.0
+    """Share of each client's examples that it keeps out of training for methods that validate there, in [0, 1)."""
     image_size: int = 0
-    """Height and width that images in files of their own are resized to; 0 = a folder's common size, 224 for lists."""
+    """Height and width that images in files of their own are resized to; 0 = a folder's common size, 224 for lists, 64 for
+    tiny_imagenet."""
     cache_mib: int = 1024
     """Most MiB of decoded images to remember, for sets that are decoded when they are used."""
     decode_threads: int = 0
@@ -69,39 +72,8 @@ class Data:
                               f"{self.image_size}, {self.cache_mib} and {self.decode_threads}.")  # fmt: skip
         if self.validation < 0 or self.server < 0:
             raise ConfigError(f"data.validation and data.server must be >= 0, got {self.validation} and {self.server}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Participation:
-    """Who takes part in a round: drawn uniformly without replacement among the clients that hold data."""
-
-    fraction: float = 1.0
-    """Share of the population, in (0, 1]; max(floor(fraction * clients), 1) clients are drawn."""
-    clients: int = 0
-    """Number of clients instead of a share; 0 = use the share."""
-    newcomers: int = 0
-    """Number of clients that hold data but join after training: they never take part and are judged apart."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1 or min(self.clients, self.newcomers) < 0:
-            raise ConfigError("participation: fraction must be in (0, 1], clients and newcomers >= 0; "
-                              f"got {self.fraction}, {self.clients} and {self.newcomers}.")  # fmt: skip
-
-    def size(self, population: int) -> int:
-        """Returns the cohort's size."""
-        # 0.29 * 100 comes out as 28.99...: the margin is far above rounding and far below 1.
-        return min(self.clients, population) if self.clients else max(int(self.fraction * population + 1e-9), 1)
-
-    def late(self, holders: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
-        """Returns the newcomers among the clients that hold a batch, both int64 in ascending order.
-
-        Raises:
-            ConfigError: nobody would be left to train.
-        """
-        if self.newcomers >= len(holders):
-            raise ConfigError(f"participation.newcomers = {self.newcomers} leaves nobody to train: {len(holders)} clients hold "
-                              "a batch. Lower it.")  # fmt: skip
-        return np.sort(generator(seed, Stream.NEWCOMERS).choice(holders, self.newcomers, replace=False))
+        if not 0 <= self.client_validation < 1:
+            raise ConfigError(f"data.client_validation must be in [0, 1), got {self.client_validation}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,6 +354,10 @@ def dumps(experiment: Experiment) -> str:
     return tomli_w.dumps(to_dict(experiment))
 
 
-def fingerprint(experiment: Experiment) -> str:
-    """Returns a hash of everything that determines the run."""
-    return hashlib.sha256(json.dumps(to_dict(experiment), sort_keys=True).encode()).hexdigest()
+def fingerprint(experiment: Experiment | Mapping[str, Any]) -> str:
+    """Returns a hash of everything that determines the run, of an experiment or of the table in a run folder's config.toml.
+
+    The two are equal but where the run is older than an option: its table, and so the hash in its checkpoints, lacks it.
+    """
+    table = to_dict(experiment) if isinstance(experiment, Experiment) else experiment
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fedtail.algorithm import Algorithm, Client, Context, Phase, Round
 from fedtail.data.federated import FederatedData
-from fedtail.data.lazy import Column
 from fedtail.data.members import Members
 from fedtail.engines.base import Engine, Sink, blame
+from fedtail.engines.local_models import soft_confusion
 from fedtail.errors import ConfigError, TrainingError
-from fedtail.metrics import Cumulative, GroupRule, ShotGroups, client_spread, from_confusion
+from fedtail.metrics import Cumulative, Floats, GroupRule, ShotGroups, asymmetry_scores, client_spread, from_confusion
 from fedtail.personalise import PIECE, Finetune
 from fedtail.task import Worker
 from fedtail.trees import Tree
@@ -35,6 +35,11 @@ class Evaluation:
     """Judge on each client's matched local test set too."""
     drift: bool = False
     """Also measure how far the clients' updates lie from their mean; costs a few passes over each update."""
+    local_models: int = 0
+    """Rounds between two in which each client's own model is judged too, before and after local training, on the global
+    test set (costs two passes over it a client); 0 = never."""
+    double_softmax: bool = False
+    """Error asymmetry from softmax(softmax(z)), as FedGA's code computes it by mistake: to compare with its plots alone."""
     targets: tuple[float, ...] = ()
     """Overall accuracies in (0, 1] whose first round `compare` reports; fixed before the run, as part of it."""
     batch_size: int = 500
@@ -49,6 +54,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.every < 1 or self.batch_size < 1:
             raise ConfigError(f"evaluation: every and batch_size must be >= 1, got {self.every} and {self.batch_size}.")
+        if self.local_models < 0:
+            raise ConfigError(f"evaluation.local_models must be >= 0, got {self.local_models}.")
         if not all(0 < target <= 1 for target in self.targets):
             raise ConfigError(f"evaluation.targets must be accuracies in (0, 1], got {list(self.targets)}.")
         if self.finetune.epochs and not self.local:
@@ -57,8 +64,7 @@ class Evaluation:
 
 def shot_groups(rule: GroupRule, data: FederatedData) -> ShotGroups:
     """Returns head, medium and tail of a federation under a rule, from the counts that the rule names."""
-    counts = data.test_counts() if rule.counts_of == "local_test" else data.counts()
-    return rule.split(counts.sum(0))
+    return rule.split(data.test_counts().sum(0) if rule.counts_of == "local_test" else data.class_totals())
 
 
 def local_groups(rule: GroupRule, data: FederatedData) -> list[ShotGroups] | ShotGroups:
@@ -122,8 +128,8 @@ class Judge:
         data = self.engine.setting.data
         everyone = range(data.clients)
         true = data.test["y"].numpy(force=True)
-        labels = self.generic(algorithm, data.test["x"], np.arange(len(true)))
-        found = {"test": self._global(f"global test set, {len(true)} examples", true, labels)}
+        labels, soft = self.generic(algorithm, data.test, np.arange(len(true)))
+        found = {"test": self._global(f"global test set, {len(true)} examples", true, labels, soft)}
         if not self.options.local:
             return found
         each = (
@@ -184,26 +190,34 @@ class Judge:
         columns = self.engine.setting.data.columns
         true = columns["y"][torch.from_numpy(rows)].numpy(force=True)
         return self._global(
-            f"{what}, {len(rows)} examples", true, self.generic(self.engine.setting.algorithm, columns["x"], rows)
+            f"{what}, {len(rows)} examples", true, *self.generic(self.engine.setting.algorithm, columns, rows)
         )
 
-    def _global(self, what: str, true: Counts, labels: Counts) -> dict[str, Any]:
+    def _global(self, what: str, true: Counts, labels: Counts, soft: Floats) -> dict[str, Any]:
         data, rule = self.engine.setting.data, self.options.groups
         counts = confusion(true, labels, data.num_classes)
-        return {"test_set": what, "groups": rule.describe(), **from_confusion(counts, shot_groups(rule, data))}
+        scores = from_confusion(counts, shot_groups(rule, data))
+        return {"test_set": what, "groups": rule.describe(), **scores, **asymmetry_scores(soft, counts.sum(1))}
 
-    def generic(self, algorithm: Algorithm, x: Column, rows: Counts) -> Counts:
-        """Returns the generic model's labels for these rows (n,) of raw inputs x [N, ...], int64 (n,)."""
+    def generic(self, algorithm: Algorithm, columns: Mapping[str, Any], rows: Counts) -> tuple[Counts, Floats]:
+        """Judges the generic model on rows (n,) of raw columns.
+
+        Returns:
+            (predicted labels, int64 (n,); soft confusion, float64 [classes, classes], see `soft_confusion`).
+        """
         setting = self.engine.setting
 
-        def one(worker: Worker, part: Tensor) -> Tensor:
+        def one(worker: Worker, part: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad(), blame("predict"):
                 ctx = Context(worker, self.round, self.constants, None)
-                inputs = setting.data.prepare(x.index_select(0, part), setting.task.dtype)
-                return algorithm.predict(ctx, self.message, None, inputs).argmax(1)
+                inputs = setting.data.prepare(columns["x"].index_select(0, part), setting.task.dtype)
+                z = algorithm.predict(ctx, self.message, None, inputs)
+                y = columns["y"].index_select(0, part)
+                return z.argmax(1), soft_confusion(z, y, self.options.double_softmax)
 
         parts = torch.from_numpy(rows).to(setting.task.device).split(self.options.batch_size)
-        return torch.cat(self.engine.map_batches(one, parts)).numpy(force=True)
+        labels, soft = zip(*self.engine.map_batches(one, parts), strict=True)
+        return torch.cat(labels).numpy(force=True), torch.stack(soft).sum(0).numpy(force=True)
 
     def each(self, algorithm: Algorithm, personal: bool, clients: Sequence[int]) -> list[Counts]:
         """Returns labels for clients' local test sets, by their own models or the generic one, under the label mask."""

@@ -13,28 +13,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from fedtail import config, runs
+from fedtail import config, runs, trees
 from fedtail.algorithm import Context, Phase, Round
 from fedtail.checkpoint import Snapshot, load_checkpoint, read_meta, save_checkpoint
 from fedtail.config import Experiment
 from fedtail.data.federated import FederatedData
-from fedtail.data.members import Members
 from fedtail.data.plan import make_plan
 from fedtail.drift import Drift
-from fedtail.engines import EngineOptions, distributed, make_engine
+from fedtail.engines import EngineOptions, distributed, local_models, make_engine
 from fedtail.engines.base import Engine, Setting, Sink, blame, one_thread
 from fedtail.engines.choice import resolve
 from fedtail.engines.loop import iterate
 from fedtail.errors import CheckpointError, ConfigError, TrainingError
 from fedtail.evaluate import Judge, Split, shot_groups
-from fedtail.federation import Predictor, check_device, federate, make_task
+from fedtail.federation import Predictor, check_data, check_device, federate, make_task, takers
 from fedtail.seeds import Stream, generator
 from fedtail.states import ClientStates
 from fedtail.task import Task, Variables
-from fedtail.trees import Tree, all_finite
+from fedtail.trees import Tree
 
 log = logging.getLogger("fedtail")
 
@@ -65,22 +63,23 @@ class Federation:
         self.task = make_task(experiment, self.data)
         if experiment.start:
             self.task = dataclasses.replace(self.task, initial=initial or _initial(experiment, self.task))
-        self.holders, self.newcomers = _takers(experiment, self.data)
+        self.holders, self.newcomers = takers(experiment, self.data)
         size = min(experiment.participation.size(self.data.clients - len(self.newcomers)), len(self.holders))
         self.cohort_size = size
         options, self.reason = resolve(experiment.engine, self.task, size, experiment.local.batch_size)
         experiment.evaluation.finetune.check(self.task)
         self.experiment = dataclasses.replace(experiment, engine=options)
+        self.fingerprint = config.fingerprint(self.experiment)
         self.algorithm = experiment.algorithm
-        if self.algorithm.needs_server_data and not len(self.data.server):
-            raise ConfigError(f"algorithm {config.name_of(self.algorithm)} needs data at the server: set data.server "
-                              "(images per class), for example 1.")  # fmt: skip
+        check_data(experiment, self.data)
         self.counts: torch.Tensor | None = None
         if self.algorithm.shares_counts:
             totals = self.data.class_totals(without=self.newcomers.tolist())
             self.counts = torch.from_numpy(totals).to(self.task.device, self.task.dtype)
         shot_groups(experiment.evaluation.groups, self.data)  # a rule that does not fit is refused before training
         self.round, self.stage, self.best = 0, 0, -1.0
+        self.traffic = {"down": 0, "up": 0}  # bytes of the round
+        self.transferred = {"cumulative_down": 0, "cumulative_up": 0}
         self.states = ClientStates(experiment.engine.states_bytes())
         with one_thread(), blame("constants"):
             self.constants = self.algorithm.constants(self.task, generator(experiment.seed, Stream.CONSTANTS))
@@ -91,11 +90,12 @@ class Federation:
         log.info("engine %s: %s", options.name, self.reason)
 
     def _engine(self) -> Engine:
-        task = self.algorithm.stage_task(self.task, self.stage)
-        experiment = self.experiment
+        task, experiment = self.algorithm.stage_task(self.task, self.stage), self.experiment
+        data, judging = self.algorithm.stage_data(self.data, self.stage), experiment.evaluation
         return self._running(
-            Setting(self.algorithm, task, self.data, experiment.local, experiment.seed, self.constants)
-        )
+            Setting(self.algorithm, task, data, experiment.local, experiment.seed, self.constants,
+                    judging.local_models, judging.batch_size, judging.double_softmax)
+        )  # fmt: skip
 
     def _running(self, setting: Setting) -> Engine:
         engine = self._make(self.experiment.engine, setting)
@@ -117,6 +117,7 @@ class Federation:
         """Continues from a checkpoint."""
         self.server, self.states = snapshot.server, ClientStates.of(snapshot.clients)
         self.round, self.best = snapshot.meta["round"], snapshot.meta["best"]
+        self.transferred = snapshot.meta.get("transferred", self.transferred)  # an older run did not count
         self._set_stage(snapshot.meta["stage"])
 
     def _set_stage(self, stage: int) -> None:
@@ -129,7 +130,7 @@ class Federation:
     def snapshot(self, metrics_bytes: int) -> Snapshot:
         """Returns what a checkpoint keeps."""
         meta = {"round": self.round, "stage": self.stage, "best": self.best, "metrics_bytes": metrics_bytes,
-                "experiment": config.fingerprint(self.experiment)}  # fmt: skip
+                "transferred": self.transferred, "experiment": self.fingerprint}  # fmt: skip
         return Snapshot(self.server, self.states, meta)
 
     def draw(self, phase: Phase) -> list[int]:
@@ -143,20 +144,24 @@ class Federation:
         """Runs one round; returns its record without scores."""
         self.engine.open()
         record: dict[str, Any] = {"round": self.round}
-        trained = 0
+        trained, self.traffic = 0, {"down": 0, "up": 0}
         phases = self.algorithm.phases(self.round, self.experiment.rounds)
         for phase in phases:
             sink = self._phase(phase, trained)
             trained += phase.local
             name = "train" if phase.name == "train" else phase.name
-            record[name] = {"clients": len(sink.states), "examples": sink.examples,
-                            **plain(sink.metrics()), **sink.lost()}  # fmt: skip
+            record[name] = {"clients": len(sink.answers), "examples": sink.examples,
+                            **trees.plain(sink.metrics()), **sink.lost()}  # fmt: skip
+            if sink.judged != ():
+                record["local_models"] = local_models.scores(sink.judged, self.data.test["y"].numpy(force=True))
+        self.transferred = {f"cumulative_{k}": self.transferred[f"cumulative_{k}"] + v for k, v in self.traffic.items()}
+        record["bytes"] = {**self.traffic, **self.transferred}
         if len(self.data.server):
             record["server"] = self._server_data()
         ctx = self.context()
         record["lr_scale"] = ctx.round.lr_scale
         with blame("diagnostics"):
-            record["diagnostics"] = plain(self.algorithm.diagnostics(ctx, self.server))
+            record["diagnostics"] = trees.plain(self.algorithm.diagnostics(ctx, self.server))
         return record
 
     def message(self, ctx: Context) -> Tree:
@@ -170,7 +175,9 @@ class Federation:
         message = self.message(ctx)
         plans = self.engine.setting.plans(ctx.round, trained, ids)
         drift = Drift() if self.experiment.evaluation.drift and phase.local else None
-        sink = Sink(list(plans), phase.reduce == "collect", drift)
+        sink = Sink(list(plans), phase.reduce == "collect", drift, self.experiment.engine.states_bytes())
+        if not plans:  # nobody in the cohort has anything to validate on
+            return sink
         self.engine.cohort(ctx.round, trained, message, self.states, plans, sink)
         total = torch.tensor(sink.total, dtype=self.task.dtype, device=self.task.device)
         with torch.no_grad(), blame("server_collect" if phase.reduce == "collect" else "server_update"):
@@ -179,12 +186,16 @@ class Federation:
                 self.server = self.algorithm.server_collect(ctx, self.server, sink.updates, weights)
             else:
                 self.server = self.algorithm.server_update(ctx, self.server, sink.mean(), total)
-        if not all_finite(self.server):
+            self.traffic["down"] += len(ids) * trees.num_bytes(
+                self.algorithm.sent(ctx, message)
+            )  # also to who has no batch
+            self.traffic["up"] += sink.sent_bytes()
+        if not trees.all_finite(self.server):
             raise TrainingError(
                 f"The server state is not finite after round {self.round}, although every update was. Lower "
                 "algorithm.server_lr or the clients' learning rate."
             )
-        self.states.update((i, s) for i, s in sink.states.items() if s != ())
+        self.states.update(sink.states)
         return sink
 
     def _server_data(self) -> dict[str, Any]:
@@ -197,7 +208,7 @@ class Federation:
             with blame("server_step"):
                 self.server, metrics = self.algorithm.server_step(ctx, self.server, batch)
             sums = {k: sums[k] + v if k in sums else v for k, v in metrics.items()}
-        return plain({k: v / len(plan.lengths) for k, v in sums.items()})
+        return trees.plain({k: v / len(plan.lengths) for k, v in sums.items()})
 
     def score(self, split: Split = "all") -> dict[str, Any]:
         """Judges the present model on a split; "all" is what a round is judged on: test and validation.
@@ -244,15 +255,6 @@ class Federation:
         return Predictor(module, self.data.mean, self.data.std).eval()
 
 
-def _takers(experiment: Experiment, data: FederatedData) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Returns the clients that hold a batch: those who can take part, and the newcomers, who never do."""
-    holders = np.flatnonzero(Members.of(data.owners).sizes >= experiment.local.min_batch)
-    if not len(holders):
-        raise ConfigError("data.partition and local.min_batch leave no client with a batch. Lower local.min_batch.")
-    newcomers = experiment.participation.late(holders, experiment.seed)
-    return np.setdiff1d(holders, newcomers), newcomers
-
-
 def _initial(experiment: Experiment, task: Task) -> Variables:
     """Returns the generic model of the finished run that an experiment starts from."""
     path = Path(experiment.start.replace("{seed}", str(experiment.seed)))
@@ -267,19 +269,6 @@ def _initial(experiment: Experiment, task: Task) -> Variables:
         raise ConfigError(f"start: the model of {path} does not fit this experiment's {experiment.model}: "
                           f"{len(wrong)} tensors differ, the first is {wrong[0]}. Use the same model and data.")  # fmt: skip
     return Variables(*({k: new[k].to(v) for k, v in own.items()} for own, new in pairs))
-
-
-def plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Returns tensors as numbers and nested lists."""
-    return {k: v.detach().cpu().double().tolist() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
-
-
-def partition_arrays(federation: Federation) -> dict[str, np.ndarray[Any, Any]]:
-    """Returns what partition.npz keeps."""
-    data = federation.data
-    owners = Members.of(data.owners)
-    return {"offsets": owners.offsets, "examples": owners.members,
-            "counts": data.counts(), "test_counts": data.test_counts(), "newcomers": federation.newcomers}  # fmt: skip
 
 
 def run(experiment: Experiment, folder: str | Path | None = None) -> Iterator[RoundResult]:
@@ -313,7 +302,8 @@ def start(federation: Federation, folder: str | Path | None) -> Iterator[RoundRe
     if path is not None:
         try:
             initial = federation.task.initial if federation.experiment.start else None
-            runs.create(path, federation.experiment, partition_arrays(federation), federation.snapshot(0), initial)
+            partition = runs.partition_arrays(federation.data, federation.newcomers)
+            runs.create(path, federation.experiment, partition, federation.snapshot(0), initial)
         except BaseException:
             federation.close()
             raise
@@ -336,12 +326,13 @@ def reopen(folder: str | Path, checkpoint: str = "checkpoint", **given: Any) -> 
         raise CheckpointError(f"{path} is not a run folder: it has no config.toml. `fedtail run` makes one.")
     experiment = config.load(path)
     check_device(experiment.device)
-    belongs = config.fingerprint(experiment), experiment.device
+    belongs = config.fingerprint(config.read_toml(path / "config.toml")), experiment.device
     snapshot = load_checkpoint(path / f"{checkpoint}.safetensors", *belongs, experiment.engine.states_bytes())
     kept = path / "initial.safetensors"  # an older run with `start` has none and needs the run that it starts from
     initial: Any = load_checkpoint(kept, *belongs).server if kept.is_file() else None
     federation = Federation(experiment, initial=initial, **given)
     federation.restore(snapshot)
+    federation.fingerprint = belongs[0]
     return federation
 
 
@@ -366,7 +357,7 @@ def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult
     with contextlib.closing(federation), runs.locked(path) if path else contextlib.nullcontext():
         size = 0
         if path is not None:
-            runs.check_clients(path, Members.of(federation.data.owners).offsets)
+            runs.check_clients(path, federation.data)
             file, limit = path / "checkpoint.safetensors", experiment.engine.states_bytes()
             latest = read_meta(file)
             if latest["round"] != federation.round:  # another process went on before we had the lock

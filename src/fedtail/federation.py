@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedtail.config import Data, Experiment
+from fedtail.config import Data, Experiment, name_of
 from fedtail.data import legacy
 from fedtail.data.catalog import load
 from fedtail.data.dataset import Dataset
@@ -39,6 +39,7 @@ def federate(options: Data, seed: int, device: str = "cpu") -> FederatedData:
     owners = options.partition.split(labels[chosen], classes, generator(seed, Stream.PARTITION), users)
     counts = Members.of(owners).class_counts(labels[chosen], classes)
     local = _local_tests(options, seed, labels[chosen], counts, dataset.test.y)
+    owners, own_validation = _hold_out(owners, options.client_validation, seed)
     rows = np.concatenate([chosen, *held])  # only these are kept in memory
     ends = np.cumsum([len(chosen), *map(len, held)])
     decoder = Decoder(options.cache_mib << 20, options.decode_threads)
@@ -46,9 +47,22 @@ def federate(options: Data, seed: int, device: str = "cpu") -> FederatedData:
         {"x": column(dataset.train.x[rows], decoder, device), "y": torch.from_numpy(labels[rows]).to(device)},
         owners,
         {"x": column(dataset.test.x, decoder, device), "y": torch.from_numpy(dataset.test.y).to(device)},
-        local, classes, dataset.mean, dataset.std, options.augmentation,
-        np.arange(ends[0], ends[1]), np.arange(ends[1], ends[2]), _sources(dataset, options, len(chosen)),
+        local, classes, *((dataset.mean, dataset.std) if options.normalise else ((), ())), options.augmentation,
+        np.arange(ends[0], ends[1]), np.arange(ends[1], ends[2]), _sources(dataset, options, len(chosen)), own_validation,
     )  # fmt: skip
+
+
+def _hold_out(owners: Sequence[Array], share: float, seed: int) -> tuple[Sequence[Array], list[Array]]:
+    """Splits each client's rows at random; returns what it trains on and what it validates on (nothing at all: [])."""
+    if not share:
+        return owners, []
+    kept, held = list[Array](), list[Array]()
+    for client, rows in enumerate(owners):
+        order = generator(seed, Stream.CLIENT_VALIDATION, client).permutation(len(rows))
+        size = int(share * len(rows) + 1e-6)  # 60,000 / 6 comes out as 9,999.99...
+        held.append(rows[np.sort(order[:size])])
+        kept.append(rows[np.sort(order[size:])])
+    return kept, held
 
 
 def _local_tests(options: Data, seed: int, labels: Array, counts: Array, test_labels: Array) -> list[Array]:
@@ -66,6 +80,11 @@ def _sources(dataset: Dataset, options: Data, examples: int) -> tuple[str, ...]:
         f"{dataset.name} ({dataset.source}; licence: {dataset.licence})",
         f"long tail: {options.longtail!r}, {examples} training examples",
         f"partition: {describe_partition(options.partition)}",
+        *(
+            [f"validation at clients: {options.client_validation:g} of their examples"]
+            if options.client_validation
+            else []
+        ),
     )
 
 
@@ -95,6 +114,29 @@ def check_device(name: str) -> None:
     except (RuntimeError, AssertionError) as error:  # an unknown name; torch without CUDA; no driver; no such card
         why = str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(f"device {name!r}: torch {torch.__version__} says: {why}. Use device = 'cpu'.") from error
+
+
+def check_data(experiment: Experiment, data: FederatedData) -> None:
+    """Raises ConfigError if the algorithm needs data at the server or validation examples at the clients that are not there."""
+    algorithm, name = experiment.algorithm, name_of(experiment.algorithm)
+    if algorithm.needs_server_data and not len(data.server):
+        raise ConfigError(
+            f"algorithm {name} needs data at the server: set data.server (images per class), for example 1."
+        )
+    validates = any(phase.split == "validation" for phase in algorithm.phases(0, experiment.rounds))
+    if validates and not Members.of(data.held).sizes.any():
+        raise ConfigError(
+            f"algorithm {name} validates at the clients: set data.client_validation, for example 0.1666667."
+        )
+
+
+def takers(experiment: Experiment, data: FederatedData) -> tuple[Array, Array]:
+    """Returns the clients that hold a batch: those who can take part, and the newcomers, who never do."""
+    holders = np.flatnonzero(Members.of(data.owners).sizes >= experiment.local.min_batch)
+    if not len(holders):
+        raise ConfigError("data.partition and local.min_batch leave no client with a batch. Lower local.min_batch.")
+    newcomers = experiment.participation.late(holders, experiment.seed)
+    return np.setdiff1d(holders, newcomers, assume_unique=True), newcomers
 
 
 def make_task(experiment: Experiment, data: FederatedData) -> Task:

@@ -26,7 +26,7 @@ def inspect(experiment: Experiment) -> dict[str, Any]:
     federation = Federation(experiment)
     federation.close()
     data, work = federation.data, experiment.local
-    counts = data.counts()
+    counts, held = data.counts(), len(Members.of(data.held).members)
     steps = work.count(np.delete(Members.of(data.owners).sizes, federation.newcomers))
     groups = shot_groups(experiment.evaluation.groups, data)
     model = trees.num_bytes(federation.task.initial)
@@ -51,7 +51,7 @@ def inspect(experiment: Experiment) -> dict[str, Any]:
         "class_totals": counts.sum(0).tolist(),
         "counts": counts.tolist(),
         "test_counts": data.test_counts().tolist(),
-        "unused_examples": len(data.columns["y"]) - len(data.validation) - len(data.server) - int(counts.sum()),
+        "unused_examples": len(data.columns["y"]) - len(data.validation) - len(data.server) - int(counts.sum()) - held,
         "statistics": describe(counts),
         "tail_holders": holders(counts, groups.tail),
         "shot_groups": {"rule": experiment.evaluation.groups.describe(),

@@ -59,8 +59,39 @@ SECTIONS = (
     _section("personal", "Personal models, local test sets", **_LOCAL),
     _section("newcomers", "Global model, newcomers", **_LOCAL),
     _section("newcomers_tuned", "Tuned models, newcomers", **_LOCAL),
+    Section("local_models", "Error asymmetry and update bias, global test set", (
+        Column("test.mean_abs_log_ea", "EA", "mean abs log EA", True, 1.0, 2),
+        Column("local_models.mean_abs_log_ea_after", "local EA", "mean abs log EA after local training", True, 1.0, 2),
+        Column("local_models.accuracy_before", "before", "accuracy before local training", None),
+        Column("local_models.accuracy_after", "after", "accuracy after local training"),
+        Column("local_models.macro_f1_after", "macro-F1 after", "macro-F1 after local training"),
+        *(Column(f"local_models.{group}_{when}", f"{group} {when}", f"recall of {group} classes {when} local training",
+                 None if when == "before" else False)
+          for group in ("frequent", "rare", "missing") for when in ("before", "after")),
+    )),
 )  # fmt: skip
 """The tables, each of one test set."""
+
+
+TRAFFIC = _section(
+    "traffic", "Traffic of the whole run, in MB",
+    down=("down", "bytes sent to clients", True, 1e-6, 2), up=("up", "bytes sent by clients", True, 1e-6, 2),
+)  # fmt: skip
+"""Shown when it is asked for."""
+CAPTIONS = {
+    "mean_abs_log_ea": "EA: mean over classes of abs(log EA), where EA is the misses of a class over its false alarms, as "
+                       "probabilities; 0 is balance. Read it beside the accuracy: a model that never learned has little.",
+    "mean_abs_log_ea_after": "Local: the last cohort's own models before and after local training, in percent, each client the "
+                             "same weight; frequent: classes of which the client has at least the mean of its classes, "
+                             "missing: of which it has no example, rare: the others.",
+    "drift_relative": "Drift: distance of the client updates to their mean over the mean's norm, and their cosine to it; "
+                      "mean of the last 20 rounds.",
+    "spread": "Spread over rounds: sample standard deviation of the overall accuracy over the evaluated ones of the "
+              "last 20 rounds, in percentage points.",
+    "rounds_to_": "Rounds to a target: the first evaluated round with this overall accuracy in percent; \"-\" where not "
+                  "every seed reached it, and for a run that starts from another one.",
+}  # fmt: skip
+"""What stands under a table about columns whose names are, or (last) begin like, these."""
 
 
 def course_section(runs: Sequence[RunRecord]) -> Section:
@@ -94,8 +125,12 @@ class Method:
 
     @cached_property
     def numbers(self) -> tuple[dict[str, Any], ...]:
-        """Each run's numbers by section: the last evaluated round's record, and "course"."""
-        return tuple({**run.last, "course": course(run)} for run in self.runs)
+        """Each run's numbers by section: the last evaluated round's record, "course" and "traffic"."""
+        sent = [run.records[-1].get("bytes", {}) for run in self.runs]  # an older run did not count
+        traffic = [{"down": b.get("cumulative_down"), "up": b.get("cumulative_up")} for b in sent]
+        return tuple(
+            {**run.last, "course": course(run), "traffic": t} for run, t in zip(self.runs, traffic, strict=True)
+        )
 
     def values(self, key: str) -> dict[int, float | None]:
         """Returns a column's number by seed, from the last evaluated round; None where there is none."""
@@ -176,11 +211,11 @@ def defaults(table: Mapping[str, Any]) -> dict[str, Any]:
     if not all have a default.
     """
     name = {"name": table["algorithm.name"]}
-    chosen = {key.split(".")[1]: {"name": value} for key, value in table.items()
-              if key.startswith("algorithm.") and key.endswith(".name") and key.count(".") == 2}  # fmt: skip
     try:
-        plain, own = (flatten(config.to_dict(config.from_dict(Algorithm, node)), "algorithm.")
-                      for node in (name, {**name, **chosen}))  # fmt: skip
+        plain = flatten(config.to_dict(config.from_dict(Algorithm, name)), "algorithm.")
+        chosen = {key.split(".")[1]: {"name": value} for key, value in table.items() if key.startswith("algorithm.")
+                  and key.endswith(".name") and key.count(".") == 2 and value != plain.get(key)}  # fmt: skip
+        own = flatten(config.to_dict(config.from_dict(Algorithm, {**name, **chosen})), "algorithm.")
     except ConfigError:
         return {}
     return {**own, **{key: value for key, value in plain.items() if key.endswith(".name")}}

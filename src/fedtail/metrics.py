@@ -3,7 +3,8 @@
 A confusion matrix is int64 [C, C], row = true class, column = predicted class. Its entries are counts, so matrices may
 be added over batches and clients before anything here is computed. What has no value (no test examples) is None.
 
-Source: the evaluation of Fed-GraB's and FedLoGe's experiments (the authors' code), docs/metrics.md.
+Sources: the evaluation of Fed-GraB's, FedLoGe's and (error asymmetry) FedGA's experiments (the authors' code),
+docs/metrics.md.
 """
 
 from abc import ABC, abstractmethod
@@ -20,6 +21,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 CountsOf = Literal["local_test", "train"]
 
+TINY = 1e-12  # of soft errors: less counts as this much
 _NAMES = {"local_test": "local test counts", "train": "training counts"}
 
 
@@ -215,6 +217,32 @@ def from_confusion(confusion: Ints, groups: ShotGroups) -> dict[str, Any]:
         "macro_f1": _macro_f1(confusion),
         "per_class_recall": [float(r) if n else None for r, n in zip(recall, support, strict=True)],
         **{name: _accuracy(confusion, classes) for name, classes in groups._asdict().items()},
+    }
+
+
+def error_asymmetry(soft: Floats, support: Ints) -> Floats:
+    """Returns EA_c = (1 - pi_cc) / sum_{j != c} pi_jc, soft misses over soft false alarms, float64 [C].
+
+    pi_jc is the mean probability of class c on the examples of class j. 1: balanced; above 1: the class is predicted too
+    rarely; below 1: too often. Both sides are clamped at 1e-12, and 1 if both are below it. Classes without examples are
+    left out of the sum; they themselves get NaN.
+
+    Args:
+        soft: float64 [C, C], row = true class: the predicted probabilities, summed over its examples.
+        support: examples of each class, int64 [C].
+    """
+    pi = _ratio(soft, support[:, None])
+    np.fill_diagonal(pi, 0.0)  # a sum of what is wrong keeps the digits that 1 - pi_cc loses
+    misses, alarms = (np.maximum(pi.sum(axis=axis), TINY) for axis in (1, 0))
+    return np.where(support > 0, misses / alarms, np.nan)
+
+
+def asymmetry_scores(soft: Floats, support: Ints) -> dict[str, Any]:
+    """Returns `error_asymmetry`, one value a class or None, and `mean_abs_log_ea`, the mean of abs(log EA) over the others."""
+    ea = error_asymmetry(soft, support)
+    return {
+        "error_asymmetry": [None if np.isnan(value) else float(value) for value in ea],
+        "mean_abs_log_ea": _mean(np.abs(np.log(ea[support > 0]))),
     }
 
 

@@ -5,6 +5,7 @@ same and overwrites its first argument (for tensors that the engine has given aw
 first gives them too but for a step of SGD, which torch's fused kernel rounds less often.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -54,8 +55,8 @@ class PerKey:
 
     def sgd(self, params: Params, buffer: Params, grads: Params, lr: float, hyper: "SGD") -> tuple[Params, Params]:
         """Returns the (parameters, momentum buffers) after a step of SGD; both may be overwritten, the gradients never."""
-        if hyper.weight_decay:
-            grads = self.add(self.copy(grads), params, hyper.weight_decay)
+        if hyper.coupled:
+            grads = self.add(self.copy(grads), params, hyper.coupled)
         if hyper.momentum:
             buffer = self.add(self.scale(buffer, hyper.momentum), grads)
             grads = self.add(self.copy(grads), buffer, hyper.momentum) if hyper.nesterov else buffer
@@ -108,7 +109,7 @@ class Foreach(PerKey):
             params, buffer = self.copy(params), self.copy(buffer)
         fused(
             list(params.values()), [grads[k] for k in params], [buffer[k] for k in params] if buffer else [],
-            weight_decay=hyper.weight_decay, momentum=hyper.momentum, lr=lr, dampening=0.0, nesterov=hyper.nesterov,
+            weight_decay=hyper.coupled, momentum=hyper.momentum, lr=lr, dampening=0.0, nesterov=hyper.nesterov,
             maximize=False, is_first_step=False,
         )  # fmt: skip
         return params, buffer
@@ -167,6 +168,8 @@ class SGD(Optimizer):
     """Momentum in [0, 1); .5 is the long-tail protocol's."""
     weight_decay: float = 0.0
     """Added to the gradient: weight_decay * parameter, >= 0."""
+    decoupled: bool = False
+    """Weight decay on the parameters themselves, by the factor 1 - lr * weight_decay, beside the step (as Keras has it)."""
     nesterov: bool = False
     """Nesterov's form of the momentum."""
     clip: float = 0.0
@@ -182,6 +185,11 @@ class SGD(Optimizer):
                 "SGD.nesterov is a form of the momentum, which is 0. Set momentum > 0, or nesterov = false."
             )
 
+    @property
+    def coupled(self) -> float:
+        """The weight decay that goes through the gradient."""
+        return 0.0 if self.decoupled else self.weight_decay
+
     def init(self, params: Params) -> SGDState:
         """Returns zero buffers."""
         return SGDState({k: torch.zeros_like(v) for k, v in params.items()} if self.momentum else {})
@@ -191,6 +199,8 @@ class SGD(Optimizer):
     ) -> tuple[Params, SGDState]:
         """Returns the new (parameters, state)."""
         grads = clip_by_norm(ops, grads, self.clip)
+        if self.decoupled and self.weight_decay:
+            params = ops.scale(params, 1 - self.lr * scale * self.weight_decay)
         params, buffer = ops.sgd(params, state.momentum, grads, self.lr * scale, self)
         return params, SGDState(buffer)
 
@@ -256,6 +266,66 @@ class Adam(Optimizer):
         return ops.add(params, direction, -self.lr * scale), AdamState(step, mean, square)
 
 
+class NadamState(NamedTuple):
+    """State of Nadam."""
+
+    step: Tensor  # shape (), number of updates made
+    product: Tensor  # shape (), u_1 ... u_step
+    mean: Params  # running mean of the gradients
+    square: Params  # running mean of their squares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nadam(Optimizer):
+    """Adam with Nesterov's momentum (Dozat, ICLR 2016 workshop), as Keras computes it; in step t, with gradient g:
+
+    u_t = beta1 (1 - 0.96^t / 2),   U_t = u_1 ... u_t,   m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
+    p <- p - lr (u_{t+1} m / (1 - U_t u_{t+1}) + (1 - u_t) g / (1 - U_t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    torch.optim.NAdam does the same with momentum_decay=1 (its default, .004, changes u far more slowly) and eps=1e-7.
+    """
+
+    lr: float = 0.001
+    """Learning rate, > 0."""
+    beta1: float = 0.9
+    """Decay of the mean, in (0, 1)."""
+    beta2: float = 0.999
+    """Decay of the squares, in (0, 1)."""
+    eps: float = 1e-7
+    """Added to the denominator, > 0; Keras' default."""
+    clip: float = 0.0
+    """Global norm that the gradient is cut to; 0 = no clipping."""
+
+    def __post_init__(self) -> None:
+        _positive("Nadam", lr=self.lr, eps=self.eps)
+        _non_negative("Nadam", clip=self.clip)
+        if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
+            raise ConfigError(f"Nadam.beta1 and Nadam.beta2 must be in (0, 1), got {self.beta1} and {self.beta2}.")
+
+    def init(self, params: Params) -> NadamState:
+        """Returns zero moments."""
+        like = next(iter(params.values()), torch.zeros(()))
+        step = torch.zeros((), dtype=like.dtype, device=like.device)
+        zeros = {k: torch.zeros_like(v) for k, v in params.items()}
+        return NadamState(step, step + 1, zeros, {k: v.clone() for k, v in zeros.items()})
+
+    def update(
+        self, ops: PerKey, grads: Params, state: NadamState, params: Params, scale: float = 1.0
+    ) -> tuple[Params, NadamState]:
+        """Returns the new (parameters, state)."""
+        grads = clip_by_norm(ops, grads, self.clip)
+        step = state.step + 1
+        now, ahead = (self.beta1 * (1 - 0.5 * 0.96 ** (step + more)) for more in (0, 1))
+        product = state.product * now
+        mean = ops.add(ops.scale(state.mean, self.beta1), grads, 1 - self.beta1)
+        square = ops.add(ops.scale(state.square, self.beta2), ops.mul(ops.copy(grads), grads), 1 - self.beta2)
+        correction = -torch.expm1(step * math.log(self.beta2))  # 1 - beta2^t without the loss of digits
+        denominator = ops.shift(ops.scale(ops.sqrt(ops.copy(square)), correction.rsqrt()), self.eps)
+        above = ops.scale(ops.copy(mean), ahead / (1 - product * ahead))
+        direction = ops.div(ops.add(above, ops.scale(grads, (1 - now) / (1 - product))), denominator)
+        return ops.add(params, direction, -self.lr * scale), NadamState(step, product, mean, square)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Partition(Optimizer):
     """Several optimizers, each for the parameters whose names begin with its prefix (a GAN's two networks, a head)."""
@@ -289,4 +359,4 @@ class Partition(Optimizer):
         return params, state
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "partition": Partition}
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "nadam": Nadam, "partition": Partition}

@@ -204,7 +204,7 @@ def _shade(axes: "Axes", x: Floats, names: Sequence[str]) -> None:
     top.spines["top"].set_visible(False)
 
 
-TITLES = {column.key: (section.title, column.words) for section in SECTIONS for column in section.columns}
+TITLES = {column.key: (section.title, column.words, column.scale) for section in SECTIONS for column in section.columns}
 
 
 @styled
@@ -224,18 +224,17 @@ def curves(runs: Sequence[RunRecord], metrics: Sequence[str] = ("test.accuracy",
     figure = new_figure(0.4 + 1.5 * len(metrics) + legend_height([method.label for method in methods]))
     panels, before = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0], ""
     for axes, metric in zip(panels, metrics, strict=True):
-        where, name = TITLES.get(metric, ("", metric))
-        percent = 100 if metric in TITLES else 1
+        where, name, scale = TITLES.get(metric, ("", metric, 1.0))
         for number, method in enumerate(methods):
             rounds, values = _series(method, metric)
             style = look(number) if len(rounds) <= 15 else {**look(number), "marker": ""}
-            band(axes, rounds, percent * values, style, method.label)
+            band(axes, rounds, scale * values, style, method.label)
         if not axes.lines or not any(len(line.get_xdata()) for line in axes.lines):  # type: ignore[arg-type]
             raise ConfigError(f"no run records {metric!r}; known are {', '.join(_known(runs))}.")
         if axes is panels[0] or where != before:
             axes.set_title(where)
         before = where
-        axes.set_ylabel(f"{name[0].upper()}{name[1:]} (%)" if where else name)
+        axes.set_ylabel(f"{name[0].upper()}{name[1:]}{' (%)' if scale == 100 else ''}" if where else name)
         axes.grid(axis="y")
     panels[-1].set_xlabel("Round")
     integers(panels[-1].xaxis)

@@ -16,8 +16,10 @@ import numpy as np
 from fedtail.errors import ConfigError
 from fedtail.methods import (
     ABSENT,
+    CAPTIONS,
     IGNORED,
     SECTIONS,
+    TRAFFIC,
     Column,
     Method,
     Section,
@@ -34,6 +36,7 @@ from fedtail.methods import (
 )
 from fedtail.models.specs import did_you_mean
 from fedtail.runs import RunRecord, read
+from fedtail.student import t_quantile
 
 
 class Summary(NamedTuple):
@@ -87,30 +90,6 @@ STARS = 5
 """Seeds below which no difference is called significant."""
 
 
-def t_quantile(freedom: int) -> float:
-    """Returns t with P(|T| <= t) = 0.95 for Student's T with 1, 2, ... degrees of freedom.
-
-    The probability is a finite sum of powers of cos(atan(t / sqrt(freedom))) (Abramowitz and Stegun, 26.7.3 and 26.7.4);
-    it grows with the angle, which is found by bisection to the last bit.
-
-    Example:
-        >>> round(t_quantile(2), 3), round(t_quantile(4), 3)
-        (4.303, 2.776)
-    """
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        angle = (low + high) / 2
-        cosine = math.cos(angle)
-        term = total = cosine if freedom % 2 else 1.0
-        for k in range(2 + freedom % 2, freedom - 1, 2):
-            term *= (k - 1) / k * cosine * cosine
-            total += term
-        inside = math.sin(angle) * (total if freedom > 1 else 0.0)
-        probability = 2 / math.pi * (angle + inside) if freedom % 2 else inside
-        low, high = (angle, high) if probability < 0.95 else (low, angle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
 class Row(NamedTuple):
     """A printed row."""
 
@@ -128,6 +107,8 @@ class Comparison:
     methods: tuple[Method, ...]
     notes: tuple[str, ...] = ()
     """What a reader must know beside the numbers: allowed differences, engines, versions, hyper-parameters."""
+    traffic: bool = False
+    """Whether the table of bytes is shown."""
 
     @property
     def sections(self) -> tuple[Section, ...]:
@@ -137,7 +118,7 @@ class Comparison:
         measured = tuple(
             c for c in way.columns if any(v is not None for m in self.methods for v in m.values(c.key).values())
         )
-        return (*found, *([way._replace(columns=measured)] if measured else []))
+        return (*found, *([way._replace(columns=measured)] if measured else []), *([TRAFFIC] if self.traffic else []))
 
     def summary(self, method: Method, key: str) -> Summary:
         """Returns a column's mean and spread over a method's seeds, in the record's unit (an accuracy in [0, 1])."""
@@ -185,7 +166,7 @@ class Comparison:
             section: the table.
             mark: how the best of a column is marked.
         """
-        if section.name == "course":
+        if section.name in ("local_models", "course", "traffic"):
             return self._course_caption(section, mark)
         last = [known for method in self.methods for known in method.numbers if section.name in known]
         sets = distinct(known[section.name]["test_set"] for known in last)
@@ -200,16 +181,10 @@ class Comparison:
 
     def _course_caption(self, section: Section, mark: str) -> str:
         names = [column.key.partition(".")[2] for column in section.columns]
-        parts: list[str] = []
-        if "drift_relative" in names:
-            parts.append("Drift: distance of the client updates to their mean over the mean's norm, and their cosine to it; "
-                         "mean of the last 20 rounds.")  # fmt: skip
-        if "spread" in names:
-            parts.append("Spread over rounds: sample standard deviation of the overall accuracy over the evaluated ones of the "
-                         "last 20 rounds, in percentage points.")  # fmt: skip
-        if any(name.startswith("rounds_to_") for name in names):
-            parts.append("Rounds to a target: the first evaluated round with this overall accuracy in percent; \"-\" where not "
-                         "every seed reached it, and for a run that starts from another one.")  # fmt: skip
+        parts = [text for key, text in CAPTIONS.items()
+                 if any(name == key or (key.endswith("_") and name.startswith(key)) for name in names)]  # fmt: skip
+        if section.name == "traffic":
+            parts.append("Sum over clients and rounds of what messages and updates hold; 1 MB is 10^6 bytes.")
         parts.append("Mean ± sample standard deviation over n seeds.")
         if lowest := ", ".join(column.title for column in section.columns if column.lower and len(self.methods) > 1):
             parts.append(f"{mark}: the lowest {lowest}, and what lies within its own standard deviation of it.")
@@ -230,12 +205,13 @@ def _summary(key: str, values: Sequence[float | None]) -> Summary:
     return Summary(None, None, summary.n) if key.startswith("course.rounds_to_") and None in values else summary
 
 
-def compare(folders: Sequence[str | Path], allow: Sequence[str] = ()) -> Comparison:
+def compare(folders: Sequence[str | Path], allow: Sequence[str] = (), traffic: bool = False) -> Comparison:
     """Reads finished runs and compares them.
 
     Args:
         folders: run folders; the method of the first one is the baseline.
         allow: dotted keys, or the tables that hold them, in which the runs may differ beside algorithm and seed.
+        traffic: whether to show the bytes that were sent.
 
     Raises:
         ConfigError: a run is not finished, two are the same, or they differ in what is neither the algorithm's own
@@ -255,7 +231,7 @@ def compare(folders: Sequence[str | Path], allow: Sequence[str] = ()) -> Compari
     notes = _allowed(runs, allow)
     _same_partitions(runs)
     methods = group(runs)
-    return Comparison(methods, (*notes, *_machine_notes(runs), *_method_notes(methods)))
+    return Comparison(methods, (*notes, *_machine_notes(runs), *_method_notes(methods)), traffic)
 
 
 def _allowed(runs: Sequence[RunRecord], allow: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 config.toml               the resolved experiment
 environment.json          versions, machine, command
 partition.npz             who holds what: offsets [clients + 1], examples, counts [clients, classes], test_counts,
-                          newcomers (clients that never take part)
+                          newcomers (clients that never take part); held_offsets and held: with data.client_validation
 metrics.jsonl             one record a round; the same seed gives the same bytes
 timings.jsonl             seconds a round; not reproducible, therefore apart
 checkpoint.safetensors    the latest state; best.safetensors: by validation score
@@ -31,9 +31,13 @@ import numpy as np
 
 from fedtail import config
 from fedtail.checkpoint import Snapshot, read_meta, save_checkpoint
+from fedtail.data.federated import FederatedData
+from fedtail.data.members import Members
 from fedtail.errors import CheckpointError
 from fedtail.files import append, write_atomic, write_error
 from fedtail.trees import Tree
+
+COMPRESSED = 32 << 20  # bytes of partition arrays up to which compressing them takes less than seconds
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:
@@ -46,15 +50,28 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
             ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
     return {"packages": packages, "python": platform.python_version(), "platform": platform.platform(),
-            "processor": _processor(), "cores": os.cpu_count(), "command": list(command), "commit": commit}  # fmt: skip
+            "processor": processor(), "cores": os.cpu_count(), "command": list(command), "commit": commit}  # fmt: skip
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Returns the name of this machine's processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def partition_arrays(data: FederatedData, newcomers: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """Returns what partition.npz keeps; counts in the smallest type that holds them: a tenth for a million clients."""
+    owners = Members.of(data.owners)
+    counts = {
+        name: each.astype(np.min_scalar_type(int(each.max(initial=0))))
+        for name, each in (("counts", data.counts()), ("test_counts", data.test_counts()))
+    }
+    held = Members.of(data.held)
+    kept_out = {"held_offsets": held.offsets, "held": held.members} if len(held.members) else {}
+    return {"offsets": owners.offsets, "examples": owners.members, **counts, "newcomers": newcomers, **kept_out}
 
 
 def create(folder: Path, experiment: config.Experiment, partition: dict[str, np.ndarray[Any, Any]],
@@ -80,8 +97,9 @@ def create(folder: Path, experiment: config.Experiment, partition: dict[str, np.
     try:
         write_atomic(scratch / "config.toml", config.dumps(experiment))
         write_atomic(scratch / "environment.json", json.dumps(environment(sys.argv), indent=1))
+        small = sum(array.nbytes for array in partition.values()) <= COMPRESSED
         with open(scratch / "partition.npz", "wb") as file:
-            np.savez_compressed(file, **partition)  # type: ignore[arg-type]
+            (np.savez_compressed if small else np.savez)(file, **partition)  # type: ignore[arg-type]
         (scratch / "metrics.jsonl").touch()
         (scratch / "timings.jsonl").touch()
         if initial is not None:
@@ -123,14 +141,14 @@ def locked(folder: Path) -> Generator[None]:
         yield
 
 
-def check_clients(folder: Path, offsets: np.ndarray[Any, Any]) -> None:
+def check_clients(folder: Path, data: FederatedData) -> None:
     """Raises CheckpointError if the run began on clients of other sizes: on the sites of a deployment, or on other files.
 
     Args:
         folder: the run.
-        offsets: of the clients' examples now, int64 (clients + 1,).
+        data: what the clients have now.
     """
-    path = folder / "partition.npz"
+    path, offsets = folder / "partition.npz", Members.of(data.owners).offsets
     if not path.is_file():
         return
     try:
@@ -228,7 +246,7 @@ def read(folder: str | Path) -> RunRecord:
     try:
         records, timings = _lines(folder / "metrics.jsonl"), _lines(folder / "timings.jsonl")
         with open(folder / "partition.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            counts, test_counts = arrays["counts"], arrays["test_counts"]
+            counts, test_counts = (arrays[name].astype(np.int64) for name in ("counts", "test_counts"))
         known = json.loads((folder / "environment.json").read_text())
         table = config.to_dict(config.load(folder))
         seconds = sum(t["seconds"] for t in timings)

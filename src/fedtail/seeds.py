@@ -25,6 +25,7 @@ class Stream(IntEnum):
     SERVER_DATA = 12
     PROBLEM = 13  # made-up data of tests and examples
     NEWCOMERS = 14
+    CLIENT_VALIDATION = 15  # key (client,)
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -319,7 +319,7 @@ class Worker:
         owned = {_storage(p) for p in params.values()} if self.donate else set[int]()
 
         def release(leaf: Tensor) -> Tensor:  # what the objective returns must survive the update in place
-            leaf = leaf.detach()
+            leaf = leaf.detach() if leaf.requires_grad else leaf
             return leaf.clone() if _storage(leaf) in owned else leaf
 
         return value.detach(), trees.tree_map(release, aux), grads

@@ -94,13 +94,14 @@ def scores_table(scores: dict[str, Any]) -> str:
     console = Console(width=100)
     with console.capture() as capture:
         for name, values in scores.items():
-            if not isinstance(values, dict) or "test_set" not in values:  # not a score, or a method's other readings
+            if not isinstance(values, dict) or "groups" not in values:  # no score, or a method's other readings
                 continue
             table = Table(title=f"{name}: {values['test_set']}\nshot groups: {values['groups']}", title_justify="left")
             shown = {k: v for k, v in values.items() if isinstance(v, float) or v is None or k == "clients"}
             for key in shown:
                 table.add_column(key, justify="right")
-            table.add_row(*(str(v) if isinstance(v, int) else _percent(v).strip() for v in shown.values()))
+            table.add_row(*(str(v) if isinstance(v, int) else f"{v:.2f}" if k == "mean_abs_log_ea" and v is not None
+                            else _percent(v).strip() for k, v in shown.items()))  # fmt: skip
             console.print(table)
     return capture.get().rstrip()
 

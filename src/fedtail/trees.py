@@ -94,6 +94,11 @@ def num_bytes(tree: Tree) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))
 
 
+def plain(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Returns tensors as numbers and nested lists."""
+    return {k: v.detach().cpu().double().tolist() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+
+
 def all_finite(tree: Tree) -> bool:
     """Says whether every floating leaf is finite: a sum is NaN or infinite as soon as one entry is (or it overflows)."""
     floating = (x for x in leaves(tree) if x.is_floating_point())

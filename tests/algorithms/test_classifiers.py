@@ -139,7 +139,7 @@ def test_ccvr_pools_to_the_moments_of_all_features(name):
         _, sink = phase_sink(running, phase)
         pooled = trees.tree_map(lambda v: v * sink.total, sink.mean())
         mean, covariance = (v.numpy() for v in gaussians(pooled))
-        assert len(sink.states) == sum(len(own) > 0 for own in owners)  # everyone who holds data
+        assert len(sink.answers) == sum(len(own) > 0 for own in owners)  # everyone who holds data
     held = np.concatenate(owners)
     np.testing.assert_allclose(pooled.counts, np.bincount(y[held], minlength=4), atol=1e-12)
     for c in range(4):

@@ -13,7 +13,7 @@ from oracles import toy
 from torch.nn import functional as F
 
 from fedtail import SGD, Batch, EngineOptions, Experiment, FedAvg, FedGraB, LocalWork, trees
-from fedtail.algorithms.fedgrab import Controller, Gate, Message, Server, amp, analyse, counted_bypass, gate
+from fedtail.algorithms.fedgrab import Controller, Message, Server, amp, analyse, counted_bypass, gate
 from fedtail.checkpoint import load_checkpoint, save_checkpoint
 from fedtail.config import Evaluation
 from fedtail.data.federated import FederatedData
@@ -31,7 +31,8 @@ def rest(classes):
 
 
 def opened(classes):
-    return Gate(torch.zeros(classes, dtype=torch.float64), torch.zeros(classes, dtype=torch.bool))
+    """Bypass probabilities of a gate that leaves nobody alone."""
+    return torch.zeros(classes, dtype=torch.float64)
 
 
 def batch_of(labels, mask=None):
@@ -116,14 +117,14 @@ def test_3_the_gradient_is_that_of_the_hook(masked):
     labels = torch.from_numpy(rng.integers(0, 5, 6))
     mask = double(1, 1, 1, 1, 0, 0) if masked else None
     real = 4 if masked else 6
-    draw, allowed = torch.from_numpy(rng.random(5)), opened(5)._replace(bypass=double(0, 1, 0, 0.5, 0))
+    draw, bypass = torch.from_numpy(rng.random(5)), double(0, 1, 0, 0.5, 0)
     state = running_state(5)
-    loss, new, metrics = METHOD.balance(state, allowed, draw, z, batch_of(labels, mask))
+    loss, new, metrics = METHOD.balance(state, bypass, draw, z, batch_of(labels, mask))
     (found,) = torch.autograd.grad(loss, z)
     # s by hand, from the controller's new output
     y = F.one_hot(labels, 5).double()
     positive, negative = factors(METHOD.advance_controller(state))
-    alone = draw < allowed.bypass
+    alone = draw < bypass
     s = y * torch.where(alone, 1.0, positive) + (1 - y) * torch.where(alone, 1.0, negative)
     weight = torch.ones(6, 1, dtype=torch.float64) if mask is None else mask[:, None]
     expected = weight * s * (torch.sigmoid(z.detach()) - y) / real
@@ -135,6 +136,11 @@ def test_3_the_gradient_is_that_of_the_hook(masked):
     plain.backward()
     torch.testing.assert_close(found, hooked.grad, rtol=0, atol=1e-12)
     assert float(metrics["unweighted_loss"]) == pytest.approx(float(plain.detach()), abs=1e-12)
+    # what is reported as the loss is L, and L has this gradient
+    again = z.detach().clone().requires_grad_()
+    balanced = (weight * s * F.binary_cross_entropy_with_logits(again, y, reduction="none")).sum() / real
+    assert float(metrics["loss"]) == pytest.approx(float(balanced.detach()), abs=1e-12)
+    torch.testing.assert_close(found, torch.autograd.grad(balanced, again)[0], rtol=0, atol=1e-12)
     # what is accumulated is the re-weighted magnitude, for classes that are not bypassed
     torch.testing.assert_close(new.positive, state.positive + ~alone * (y * expected.abs()).sum(0), rtol=0, atol=1e-12)
     torch.testing.assert_close(
@@ -156,14 +162,14 @@ def test_4_the_trace_of_a_class_without_positives():
     ]
     state, z = rest(3), torch.zeros(2, 3, dtype=torch.float64)
     for number, row in enumerate(table, start=1):
-        loss, state, metrics = METHOD.balance(state, opened(3), NOBODY[:3], z, batch_of([0, 1]))
+        _, state, metrics = METHOD.balance(state, opened(3), NOBODY[:3], z, batch_of([0, 1]))
         positive, negative = factors(state)
         found = [float(v[2]) for v in (state.error1, state.output, positive, negative, state.positive, state.negative)]
         assert found == pytest.approx(row, abs=5e-7)  # to six digits
         assert float(metrics["unweighted_loss"]) == pytest.approx(2.079442, abs=5e-7)
         assert state.output[:2].tolist() == [0, 0]
         assert state.positive[:2].tolist() == state.negative[:2].tolist() == [0.25 * number] * 2
-        assert float(loss) == pytest.approx((2 + row[3]) * math.log(2), abs=1e-6)
+        assert float(metrics["loss"]) == pytest.approx((2 + row[3]) * math.log(2), abs=1e-6)
 
 
 # 6.1 item 5 -----------------------------------------------------------------------------------------------------------
@@ -171,8 +177,7 @@ def test_4_the_trace_of_a_class_without_positives():
 
 def test_5_a_bypassed_class_is_plain_and_frozen_but_controlled():
     z, before = double(0.3, -1.0, 2.0, 0.0, 0.7, -0.5).reshape(2, 3).requires_grad_(), running_state(3, 1)
-    always = opened(3)._replace(bypass=double(0, 0, 1))
-    loss, after, _ = METHOD.balance(before, always, NOBODY[:3], z, batch_of([0, 2]))
+    loss, after, _ = METHOD.balance(before, double(0, 0, 1), NOBODY[:3], z, batch_of([0, 2]))
     (gradient,) = torch.autograd.grad(loss, z)
     plain = (torch.sigmoid(z.detach()[:, 2]) - double(0, 1)) / 2
     torch.testing.assert_close(gradient[:, 2], plain, rtol=0, atol=1e-15)
@@ -342,7 +347,7 @@ def test_8_sets():
         found = gate(prior, "sets", 0.1)
         closed = [c not in tail for c in range(len(counts))]
         assert found.closed.tolist() == closed
-        assert found.bypass.tolist() == [0] * len(counts)
+        assert found.bypass.tolist() == [float(c) for c in closed]
         both = gate(prior, "sets+rank", 0.1)
         assert both.closed.tolist() == closed
         ranks = sorted(tail, key=lambda c: -counts[c])
@@ -379,6 +384,17 @@ def test_8_the_gate_waits_for_warm_estimates_and_for_norms_that_differ():
     assert not bool(sent([2, 1, 1, 1], 1).any())
     assert not bool(sent([1.09, 1, 1, 1], 5).any())
     assert torch.equal(sent([1.11, 1, 1, 1], 5), prior)
+
+
+def test_the_first_estimate_can_be_of_the_classifier_that_training_begins_with():
+    with contextlib.closing(federation(FedGraB(optimizer=SGD(lr=0.1), initial_prior=True))) as running:
+        first = analyse(running.task.initial.params["head.weight"])
+        assert float(first.max()) > float(first.min())
+        assert torch.equal(running.server.prior, first)
+        running.advance(running.step())
+        second = analyse(running.server.model.params["head.weight"])
+        torch.testing.assert_close(running.server.prior, (first + second) / 2)
+        assert float(running.server.estimates) == 2
 
 
 # 6.1 item 9 (item 10 is in test_limits.py) ----------------------------------------------------------------------------
@@ -434,7 +450,7 @@ def bypassed(method, allowed, draws):
     batch = batch_of(torch.arange(10))
 
     def one(draw):
-        new = method.balance(rest(10), allowed, draw, z, batch)[1]
+        new = method.balance(rest(10), allowed.bypass, draw, z, batch)[1]
         return (new.positive == 0) & (new.negative == 0)
 
     return torch.stack([one(draw) for draw in draws])
@@ -465,14 +481,14 @@ def test_100_classes_take_a_step():
     """The fault that stops the authors' code at ten classes."""
     z = torch.zeros(4, 100, dtype=torch.float64, requires_grad=True)
     allowed = gate(torch.arange(100, 0, -1).double(), "sets+rank", 0.1)
-    loss, new, _ = METHOD.balance(
+    _, new, metrics = METHOD.balance(
         rest(100),
-        allowed,
+        allowed.bypass,
         torch.rand(100, generator=torch.Generator().manual_seed(0)).double(),
         z,
         batch_of([0, 99, 5, 50]),
     )
-    assert float(loss.detach()) == pytest.approx(100 * math.log(2), rel=1e-12)
+    assert float(metrics["loss"]) == pytest.approx(100 * math.log(2), rel=1e-12)
     assert float(new.negative[:30].sum()) == 0
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import fedtail
 from fedtail import config, trees
 from fedtail.checkpoint import Snapshot, load_checkpoint, save_checkpoint
+from fedtail.checks.problems import fitting
 from fedtail.config import Data, Evaluation, Experiment, Participation
 from fedtail.data.longtail import Exponential
 from fedtail.data.partition import DirichletMultinomial
@@ -35,7 +36,8 @@ VMAP = EngineOptions(name="vmap")
 VARIANTS = [
     case
     for case in CASES
-    if case.startswith(("fedgrab-", "fedavg-", "fedopt-", "fednova-")) and case not in ("fedgrab-rank", "fedavg-adam")
+    if case.startswith(("fedgrab-", "fedavg-", "fedopt-", "fednova-", "fedga-", "fedrs-", "lightweight-"))
+    and case not in ("fedgrab-rank", "fedavg-adam")
 ]
 every_case = pytest.mark.parametrize("case", CASES)
 every_problem = pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def gap(a, b):
         gaps += [distance(x[i], y[i]) for i in x]
     for x, y in zip(a.records, b.records, strict=True):
         assert x.keys() == y.keys()
-        for part in ("train", "tune", "judge", "gather", "server", "diagnostics"):
+        for part in ("train", "tune", "judge", "gather", "server", "diagnostics", "bytes"):
             if part in x:
                 assert x[part].keys() == y[part].keys()
                 found, expected = (torch.cat([torch.as_tensor(v).double().flatten() for v in r[part].values()] or
@@ -210,8 +212,17 @@ def test_every_trainable_tensor_and_every_statistic_moves(case, name):
     models = [s[0] for s in done.states] if case == "fedproto" else [model_of(server) for server in done.servers]
     for index, now in enumerate(models):
         head_alone = case in ("crt", "ccvr") and index == ROUNDS - 1  # what they do after training
+        unfrozen = (
+            {"lightweight": ("head.",), "lightweight-averaged": ("branch", "hidden.")}.get(case, ())
+            if index == 1
+            else ()
+        )
         for key, value in now.params.items():
             trained = not (frozen and key.startswith(frozen)) and not (head_alone and not key.startswith("head."))
+            if (
+                unfrozen and key in before.params
+            ):  # the head is new in that round, and the second classifier in `averaged`
+                trained = key.startswith(unfrozen)
             old = before.params.get(key, torch.ones_like(value))  # the factor that `Staged` adds starts at one
             assert torch.equal(value, old) != trained, f"{key} in round {index}"
         for key, value in now.buffers.items():
@@ -228,10 +239,12 @@ def test_the_configuration_survives_json_and_toml(case):
 
 def resumable(case, **changes):
     """A small experiment on data that a run folder can name."""
+    data = Data(longtail=Exponential(factor=50.0), partition=DirichletMultinomial(clients=5), server=2, validation=2,
+                client_validation=0.2 if CASES[case].needs_branches else 0.0)  # fmt: skip
     values = dict(
-        rounds=4, algorithm=CASES[case], model=MLP(hidden=(12,)), local=LocalWork(steps=2, batch_size=8),
-        data=Data(longtail=Exponential(factor=50.0), partition=DirichletMultinomial(clients=5), server=2, validation=2),
-        participation=Participation(clients=3), evaluation=Evaluation(every=2, keep="best"), engine=LOOP,
+        rounds=4, algorithm=CASES[case], model=fitting(CASES[case], MLP(hidden=(12,))), data=data,
+        local=LocalWork(steps=2, batch_size=8), participation=Participation(clients=3),
+        evaluation=Evaluation(every=2, keep="best"), engine=LOOP,
     )  # fmt: skip
     return Experiment(**{**values, **changes})
 

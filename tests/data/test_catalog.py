@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedtail.data import catalog, formats
+import fedtail
+from fedtail import sweep
+from fedtail.data import catalog, formats, svhn
 from fedtail.data.catalog import load
 from fedtail.data.dataset import channel_statistics
 from fedtail.data.entries import DIGITS_FILE, PROTOCOL_NORMALISATION, REGISTRY, Download
 from fedtail.errors import ConfigError, DataError
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 def idx(array):
@@ -133,9 +137,9 @@ def test_facts_of_the_real_sets(name):
 
 @pytest.mark.parametrize("entry", REGISTRY.values(), ids=list(REGISTRY))
 def test_every_entry_is_complete(entry):
-    classes = {"cifar100": 100, "imagenet_lt": 1000, "inaturalist_user": 1203}.get(entry.name, 10)
+    classes = {"cifar100": 100, "tiny_imagenet": 200, "imagenet_lt": 1000, "inaturalist_user": 1203}.get(entry.name, 10)
     assert len(set(entry.class_names)) == entry.num_classes == classes
-    assert len(entry.mean) == len(entry.std) == (3 if entry.lazy or entry.name.startswith("cifar") else 1)
+    assert len(entry.mean) == len(entry.std) == (3 if entry.lazy or entry.name.startswith(("cifar", "svhn")) else 1)
     assert entry.licence
     assert entry.source
     assert entry.downloads or entry.installed or entry.obtain
@@ -329,3 +333,114 @@ def test_options_that_do_not_fit_the_kind_of_data():
         load("digits", size=16)
     with pytest.raises(ConfigError, match=r"data\.columns: only \.npz files"):
         load("digits", columns={"x": "images"})
+
+
+# --- SVHN
+
+
+def svhn_files(folder, counts=(7, 5)):
+    """Writes the official files in small: X [32, 32, 3, N], y [N, 1] of doubles, 10 for the digit 0; returns what they hold."""
+    io = pytest.importorskip("scipy.io")
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, found = np.random.default_rng(0), []
+    for name, count in zip(svhn.SVHN_FILES, counts, strict=True):
+        images = rng.integers(256, size=(count, 32, 32, 3)).astype(np.uint8)
+        digits = rng.permutation(np.arange(count) % 10)
+        labels = np.where(digits == 0, 10, digits)[:, None].astype(np.float64)
+        io.savemat(folder / name, {"X": images.transpose(1, 2, 3, 0), "y": labels}, do_compression=True)
+        found.append((images, digits))
+    return found
+
+
+@pytest.fixture
+def small_svhn(cache, monkeypatch):
+    """SVHN with seven training and five test images; returns them."""
+    found = svhn_files(cache / "svhn")
+    downloads = tuple(
+        Download(d.url, catalog.md5(cache / "svhn" / d.url.rpartition("/")[2])) for d in REGISTRY["svhn"].downloads
+    )
+    monkeypatch.setitem(REGISTRY, "svhn", replace(REGISTRY["svhn"], sizes=(7, 5), downloads=downloads))
+    return found
+
+
+def test_svhn_is_read_from_its_matlab_files(small_svhn):
+    data = load("svhn")
+    assert data.input_shape == (3, 32, 32)
+    assert data.class_names == tuple("0123456789")
+    for split, (images, digits) in zip((data.train, data.test), small_svhn, strict=True):
+        np.testing.assert_array_equal(split.x, images.transpose(0, 3, 1, 2))
+        assert split.y.tolist() == digits.tolist()
+
+
+def test_svhn_is_checked_by_the_md5_of_its_files(small_svhn, cache):
+    """Its classes are of unequal size, so their counts say nothing."""
+    load("svhn")
+    path = cache / "svhn" / "test_32x32.mat"
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1  # in the header's text
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"test_32x32\.mat: the file was altered: MD5 is .*`fedtail data get svhn`"):
+        load("svhn")
+
+
+def spoiled(folder, **arrays):
+    """Writes a training file with other arrays."""
+    good = {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.array([[10.0], [1.0]])}
+    pytest.importorskip("scipy.io").savemat(folder / "train_32x32.mat", {**good, **arrays})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "test_32x32.mat").unlink(), r"expected test_32x32\.mat; found train_32x32\.mat"),
+        (lambda f: (f / "train_32x32.mat").write_bytes(b"<html>" * 99), r"train_32x32\.mat \(594 bytes\): no readable MATLAB"),
+        (lambda f: (f / "train_32x32.mat").write_bytes((f / "train_32x32.mat").read_bytes()[:300]), "no readable MATLAB file"),
+        (lambda f: spoiled(f, X=np.zeros((32, 32, 3, 2))), r"got X float64 \[32, 32, 3, 2\] and y \[2, 1\], expected uint8"),
+        (lambda f: spoiled(f, y=np.ones((3, 1))), r"and y \[3, 1\], expected uint8 \[32, 32, 3, N\] and \[N, 1\]"),
+        (lambda f: spoiled(f, y=np.array([[0.0], [1.0]])), r"got the label 0\.0, expected 1 to 10 \(10 is the digit 0\)"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_svhn_is_said(tmp_path, spoil, message):
+    svhn_files(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(DataError, match=message):
+        svhn.read_svhn(tmp_path, "Do this.")
+
+
+def test_svhn_without_scipy_names_the_extra(tmp_path, monkeypatch):
+    svhn_files(tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(DataError, match=r'need the package scipy .*pip install "fedtail\[data\]"'):
+        svhn.read_svhn(tmp_path)
+
+
+# --- FedGA's settings for sets that are not here
+
+
+def first_round(name, folder):
+    """Runs a round of FedGA by its preset for a set, on two clients that hold something of every class; returns its record."""
+    plan = sweep.load(EXPERIMENTS / f"fedga_protocol_{name}.toml")
+    experiment = next(run.experiment for run in plan.runs if run.row == "fedga")
+    data = replace(experiment.data, folder=str(folder), server=0,
+                   partition=replace(experiment.data.partition, clients=2, alpha=100.0))  # fmt: skip
+    small = replace(experiment, rounds=1, data=data, evaluation=replace(experiment.evaluation, local_models=1))
+    [result] = fedtail.run(small)
+    return result.record
+
+
+def test_the_preset_for_svhn_starts(cache, monkeypatch):
+    svhn_files(cache, (60, 20))
+    monkeypatch.setitem(REGISTRY, "svhn", replace(REGISTRY["svhn"], sizes=(60, 20), downloads=()))
+    monkeypatch.setattr(catalog, "md5", None)  # there is none to compare with
+    record = first_round("svhn", cache)
+    assert record["train"]["clients"] == record["local_models"]["clients"] == 2
+    assert len(record["test"]["error_asymmetry"]) == 10
+
+
+def test_the_preset_for_cifar100_starts(cache, monkeypatch):
+    rng = np.random.default_rng(0)
+    for name, each in (("train.bin", 6), ("test.bin", 1)):
+        records = [bytes([fine // 5, fine]) + rng.bytes(3072) for fine in range(100) for _ in range(each)]
+        (cache / name).write_bytes(b"".join(records))
+    monkeypatch.setitem(REGISTRY, "cifar100", replace(REGISTRY["cifar100"], sizes=(600, 100)))
+    assert len(first_round("cifar100", cache)["local_models"]["error_asymmetry_after"]) == 100

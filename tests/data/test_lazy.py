@@ -11,6 +11,7 @@ import pytest
 import torch
 from contract_problem import Staged
 from PIL import Image
+from test_catalog import first_round
 
 import fedtail
 from fedtail import cli, config
@@ -82,9 +83,36 @@ def inaturalist(tmp_path, monkeypatch):
     return tmp_path
 
 
+WNIDS = ("n02124075", "n01443537", "n04067472")  # not in the order of the alphabet, as in the official list
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Tiny-ImageNet as its archive unpacks: images of 64 x 64, some of them grey, boxes and a test split beside them."""
+    rng, root = np.random.default_rng(2), tmp_path / "tiny-imagenet-200"
+
+    def write(path, i):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)).convert("L" if i == 2 else "RGB").save(path)
+
+    for label, name in enumerate(WNIDS):
+        for i in range(TRAIN.count(label)):
+            write(root / "train" / name / "images" / f"{name}_{i}.JPEG", i)
+        (root / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t0\t62\t61\n")
+    for i in range(len(TEST)):
+        write(root / "val" / "images" / f"val_{i}.JPEG", i)
+    write(root / "test" / "images" / "test_0.JPEG", 0)
+    lines = [f"val_{i}.JPEG\t{WNIDS[label]}\t0\t32\t44\t62\n" for i, label in enumerate(TEST)]
+    (root / "val" / "val_annotations.txt").write_text("".join(reversed(lines)))
+    (root / "wnids.txt").write_text("\n".join(WNIDS))
+    (root / "words.txt").write_text("n02124075\tEgyptian cat\n")
+    known(monkeypatch, "tiny_imagenet")
+    return tmp_path
+
+
 def options(folder, name="imagenet_lt", **more):
     """The data of a small experiment."""
-    partition = DirichletMultinomial(clients=3, alpha=1.0) if name == "imagenet_lt" else Natural()
+    partition = Natural() if name == "inaturalist_user" else DirichletMultinomial(clients=3, alpha=1.0)
     own = {"augmentation": "crop_flip", "decode_threads": 2, "partition": partition, **more}
     return fedtail.Data(name=name, folder=str(folder), longtail=NoTail(), image_size=SIZE, **own)
 
@@ -122,6 +150,30 @@ def test_imagenet_lt_is_read_from_its_lists(imagenet):
     assert (data.mean, data.std) == IMAGENET_STATISTICS
     assert data.train.x.names[0] == "train/n00000000/train_0.JPEG"
     assert catalog.load("imagenet_lt", imagenet, size=8).input_shape == (3, 8, 8)
+
+
+def test_tiny_imagenet_is_read_from_its_folder(tiny):
+    """Classes are numbered as in wnids.txt; the test split is the official validation split, as its list says."""
+    data = catalog.load("tiny_imagenet", tiny)
+    assert data.train.y.tolist() == TRAIN
+    assert data.train.x.names[5] == "train/n01443537/images/n01443537_0.JPEG"
+    assert data.test.y.tolist() == TEST[::-1]
+    assert data.test.x.names[0] == "val/images/val_5.JPEG"
+    assert data.input_shape == (3, 64, 64)
+    assert (data.mean, data.std) == ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
+    path = tiny / "tiny-imagenet-200" / "train/n02124075/images/n02124075_2.JPEG"
+    with Image.open(path) as image:
+        grey = np.asarray(image)
+    np.testing.assert_array_equal(data.train.x.decode(str(data.train.x.names[2])), np.stack([grey] * 3))
+    inner = catalog.load("tiny_imagenet", tiny / "tiny-imagenet-200", size=8)
+    assert (inner.train.y.tolist(), inner.input_shape) == (TRAIN, (3, 8, 8))
+
+
+def test_tiny_imagenet_trains(tiny):
+    lazy = experiment(options(tiny, "tiny_imagenet"))
+    data = federate(lazy.data, lazy.seed)
+    found = [_run(lazy, data), _run(lazy, eager(data))]
+    assert found[0][1] == found[1][1]
 
 
 def test_inaturalist_gives_each_user_his_images(inaturalist):
@@ -396,6 +448,27 @@ def test_what_is_wrong_with_inaturalist_is_said(inaturalist, name, old, new, mes
         catalog.read_checked(REGISTRY["inaturalist_user"], inaturalist)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "wnids.txt").unlink(), r"expected wnids\.txt; found test, train, val, words\.txt"),
+        (lambda f: (f / "val/val_annotations.txt").unlink(), r"expected val/val_annotations\.txt; found test, train"),
+        (lambda f: (f / "val/val_annotations.txt").write_text("\nval_0.JPEG\tn00000000\t0\t1\n"),
+         r"annotations\.txt, line 2: expected NAME CLASS \.\.\., got 'val_0\.JPEG"),
+        (lambda f: (f / "val/val_annotations.txt").write_text("val_0.JPEG"), r"line 1: expected NAME CLASS"),
+        (lambda f: [p.unlink() for p in f.glob("train/n01443537/images/*")],
+         r"train/n01443537/images: expected images NAME\.JPEG; found nothing\. Unpack http"),
+        (lambda f: (f / "val/images/val_3.JPEG").unlink(), r"1 of 6 images are missing, the first is .*/val_3\.JPEG"),
+        (lambda f: (f / "train/n01443537/images/n01443537_1.JPEG").unlink(),
+         r"train split: got 9 examples, expected 10\. Unpack http://cs231n"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_tiny_imagenet_is_said(tiny, spoil, message):
+    spoil(tiny / "tiny-imagenet-200")
+    with pytest.raises(DataError, match=message):
+        catalog.read_checked(REGISTRY["tiny_imagenet"], tiny)
+
+
 def test_options_are_checked(imagenet):
     for name in ("image_size", "cache_mib", "decode_threads"):
         with pytest.raises(
@@ -455,6 +528,12 @@ def test_presets_of_large_sets_can_be_inspected(name, request):
     assert facts["class_totals"] == [5, 3, 2]
     assert facts["clients"] == (20 if name == "imagenet_lt" else 3)
     assert isinstance(preset.evaluation.groups, OLTR)
+
+
+def test_the_preset_for_tiny_imagenet_starts(tiny):
+    record = first_round("tiny_imagenet", tiny)
+    assert record["train"]["clients"] == record["local_models"]["clients"] == 2
+    assert len(record["local_models"]["recall_after"]) == 3
 
 
 def test_preset_of_cifar100_is_the_protocol_s_setting():

@@ -27,5 +27,13 @@ ALGORITHMS: dict[str, str] = {
     "fedrod": "fedtail.algorithms.fedrod:FedROD",
     "fedproto": "fedtail.algorithms.fedproto:FedProto",
     "eqlv2": "fedtail.algorithms.eqlv2:EQLv2",
+    "fedga": "fedtail.algorithms.fedga:FedGA",
+    "fedlc": "fedtail.algorithms.fedlc:FedLC",
+    "fedrs": "fedtail.algorithms.fedrs:FedRS",
+    "fedntd": "fedtail.algorithms.fedntd:FedNTD",
+    "moon": "fedtail.algorithms.moon:MOON",
+    "feddecorr": "fedtail.algorithms.feddecorr:FedDecorr",
+    "fedsam": "fedtail.algorithms.fedsam:FedSAM",
+    "lightweight": "fedtail.algorithms.lightweight:Lightweight",
 }
 """From the name used in configurations to module:Class."""

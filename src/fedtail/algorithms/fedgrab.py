@@ -11,6 +11,7 @@ SGB, at the client, for every class c; before the batch, from what was accumulat
 then, with Y one-hot and s_ic = Y_ic rp_c + (1 - Y_ic) rn_c (a constant for the gradient):
     L     = (1/B) sum_i sum_c s_ic BCE(z_ic, Y_ic),   dL/dz_ic = g_ic = s_ic (sigmoid(z_ic) - Y_ic) / B
     pos_c += sum_i Y_ic |g_ic|,  neg_c += sum_i (1 - Y_ic) |g_ic|     (classes that are not bypassed)
+g is needed for the sums, so autograd is handed sum_ic z_ic g_ic, of the same gradient, and does not compute it once more.
 DPA, at the server, on the rows of the aggregated classifier W:
     nu_c = ||W_c||;  pi_c = (nu_c - min nu) / sum_j (nu_j - min nu);  the prior is the mean of pi over rounds
 Gates, from the prior (rank 0 = most frequent), see `gate`. What the loop is: the *global* prior decides which classes the
@@ -66,7 +67,7 @@ class Controller(NamedTuple):
 class Gate(NamedTuple):
     """Which classes SGB leaves alone; each (classes,)."""
 
-    bypass: Tensor  # q, probability for a batch
+    bypass: Tensor  # q, probability for a batch; 1 where closed
     closed: Tensor  # bool: the state starts at zero and stays there, factors 1
 
 
@@ -93,7 +94,7 @@ def gate(prior: Tensor, rule: str, base: float) -> Gate:
         bypass = base ** ((rank - start).clamp(min=0) / (classes - 1 - start).clamp(min=1))
     else:
         bypass = prior / prior.max().clamp(min=tiny) if rule == "ratio" else zero
-    return Gate(torch.where(known, bypass.to(prior.dtype), zero), closed)
+    return Gate(torch.where(closed, 1.0, torch.where(known, bypass.to(prior.dtype), zero)), closed)
 
 
 def counted_bypass(draw: Tensor, base: float) -> Tensor:
@@ -127,6 +128,8 @@ class FedGraB(Algorithm):
     """Bypass probability of the rarest class under the rank gates, in (0, 1]; .1 in the authors' code."""
     warm: int = 3
     """Number of estimates before the gate acts, >= 0."""
+    initial_prior: bool = False
+    """Counts the classifier that training begins with as the first estimate: for a trained one, which `start` brings."""
     freeze_prior: int = 0
     """Round after which the prior is kept as it is; 0 = never."""
     order: Literal["prior", "class_id"] = "prior"
@@ -152,10 +155,10 @@ class FedGraB(Algorithm):
         return {"bypass": Draw("uniform", (task.num_classes,))}
 
     def init_server(self, ctx: Context, rng: np.random.Generator) -> Server:
-        """The initial model, no estimate."""
-        self._rows(ctx, ctx.task.initial)
-        zeros = torch.zeros(ctx.task.num_classes, dtype=ctx.task.dtype, device=ctx.task.device)
-        return Server(ctx.task.initial, zeros, zeros[0].clone())
+        """The initial model; no estimate, or that of its classifier."""
+        rows = self._rows(ctx, ctx.task.initial)
+        estimates = torch.full((), float(self.initial_prior), dtype=ctx.task.dtype, device=ctx.task.device)
+        return Server(ctx.task.initial, estimates * analyse(rows), estimates)
 
     def _rows(self, ctx: Context, model: Variables) -> Tensor:
         if ctx.task.classifier is None:
@@ -179,48 +182,53 @@ class FedGraB(Algorithm):
         """Starts from the broadcast model and the client's own controller; a closed class starts from rest."""
         allowed = gate(message.prior, self.gate, self.gate_base)
         controller = Controller(*(torch.where(allowed.closed, 0.0, value) for value in client))
-        return start(self.optimizer, message.model, (controller, allowed), self._trainable(ctx, message.model))
+        return start(self.optimizer, message.model, (controller, allowed.bypass), self._trainable(ctx, message.model))
 
-    def _trainable(self, ctx: Context, model: Variables) -> list[str]:
-        frozen = f"{ctx.task.classifier}." if self.frozen_classifier else None
-        return [name for name in model.params if frozen is None or not name.startswith(frozen)]
+    def _trainable(self, ctx: Context, model: Variables) -> list[str] | None:
+        if not self.frozen_classifier:
+            return None
+        return [name for name in model.params if not name.startswith(f"{ctx.task.classifier}.")]
 
     def advance_controller(self, state: Controller) -> Controller:
         """Incremental PID step on the error -(pos - neg), set-point 0."""
         error = state.negative - state.positive
-        change = (self.kp * (error - state.error1) + self.ki * error
-                  + self.kd * (error - 2 * state.error1 + state.error2))  # fmt: skip
-        output = state.output + change
+        # kp (e - e1) + ki e + kd (e - 2 e1 + e2), collected by error: each operation counts beside a small model's step
+        output = state.output.add(error, alpha=self.kp + self.ki + self.kd)
+        output = output.sub(state.error1, alpha=self.kp + 2 * self.kd).add(state.error2, alpha=self.kd)
         output = output.clamp(-self.limit, self.limit) if self.limit else output
-        return state._replace(output=output, error1=error, error2=state.error1)
+        return Controller(state.positive, state.negative, output, error, state.error1)
 
-    def balance(self, state: Controller, allowed: Gate, draw: Tensor, z: Tensor, batch: Batch) -> Any:
-        """One SGB step; returns (weighted loss, new controller, metrics). z [batch, classes], draw (classes,)."""
-        bypass = counted_bypass(draw, self.gate_base) if self.bypass_counter else draw < allowed.bypass
-        left_alone = bypass | allowed.closed
+    def balance(self, state: Controller, bypass: Tensor, draw: Tensor, z: Tensor, batch: Batch) -> Any:
+        """One SGB step; returns (a scalar with L's gradient, new controller, metrics, of which "loss" is L).
+
+        z [batch, classes]; bypass, the gate's q, and draw (classes,).
+        """
+        alone = counted_bypass(draw, self.gate_base) if self.bypass_counter else draw < bypass
         state = self.advance_controller(state)
-        positive, negative = (amp(x, self.top, self.slope) for x in (state.output, -state.output))
-        positive, negative = torch.where(left_alone, 1.0, positive), torch.where(left_alone, 1.0, negative)
-        y = one_hot(batch.y, z.shape[-1], z.dtype)
-        scale = y * positive + (1 - y) * negative  # s_ic
-        per_entry = binary_cross_entropy(z, y)
-        size = (scale * (torch.sigmoid(z.detach()) - y)).abs() / batch.size  # |g_ic|
-        gained, lost = batch.sum(y * size), batch.sum((1 - y) * size)
-        open_now = (~left_alone).to(z.dtype)
-        new = state._replace(positive=state.positive + open_now * gained, negative=state.negative + open_now * lost)
-        metrics = {"unweighted_loss": batch.mean(per_entry.detach().sum(-1)),
+        factors = amp(torch.stack([state.output, -state.output]), self.top, self.slope)
+        positive, negative = torch.where(alone, 1.0, factors).unbind()
+        own, fixed = one_hot(batch.y, z.shape[-1], torch.bool), z.detach()
+        y = own.to(z.dtype)
+        scale = torch.where(own, positive, negative)  # s_ic
+        slope = scale * (torch.sigmoid(fixed) - y)  # B g_ic
+        gained, lost = -batch.mean(slope.clamp(max=0)), batch.mean(slope.clamp(min=0))
+        new = state._replace(positive=torch.where(alone, state.positive, state.positive + gained),
+                             negative=torch.where(alone, state.negative, state.negative + lost))  # fmt: skip
+        per_entry = binary_cross_entropy(fixed, y)
+        metrics = {"loss": batch.mean((scale * per_entry).sum(-1)), "unweighted_loss": batch.mean(per_entry.sum(-1)),
                    "positive_gradient": gained, "negative_gradient": lost}  # fmt: skip
-        return batch.mean((scale * per_entry).sum(-1)), new, metrics
+        # g_ic is known, so autograd need not find it a second time
+        return batch.mean((z * slope).sum(-1)), new, metrics
 
     def local_step(
         self, ctx: Context, message: Message, client: Controller, local: Local, batch: Batch
     ) -> tuple[Local, Metrics]:
         """One SGD step on the balanced loss; the controller advances exactly once."""
 
-        def objective(v: Variables, extra: tuple[Controller, Gate]) -> Any:
+        def objective(v: Variables, extra: tuple[Controller, Tensor]) -> Any:
             z, v = ctx.task.apply(v, batch.x, draws=batch.draws)
-            loss, controller, metrics = self.balance(*extra, batch.draws["bypass"], z, batch)
-            return loss, (v, (controller, extra[1]), metrics)
+            surrogate, controller, metrics = self.balance(*extra, batch.draws["bypass"], z, batch)
+            return surrogate, (v, (controller, extra[1]), metrics)
 
         return sgd_step(ctx, local, objective, self.optimizer, trainable=self._trainable(ctx, message.model))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fedtail.algorithm import Algorithm
-from fedtail.checkpoint import Snapshot, load_checkpoint, save_checkpoint
+from fedtail.checkpoint import load_checkpoint, save_checkpoint
 from fedtail.checks.problems import (
     LOOP,
     PARALLEL,
@@ -150,9 +150,8 @@ def stable(subject: Subject) -> None:
 def resume(subject: Subject) -> None:
     with contextlib.closing(subject.warm("ragged")) as running, tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.safetensors"
-        meta = {"round": 1, "stage": running.stage, "best": -1.0, "metrics_bytes": 0, "experiment": "check"}
-        save_checkpoint(path, Snapshot(running.server, running.states, meta))
-        snapshot = load_checkpoint(path, "check")
+        save_checkpoint(path, running.snapshot(0))
+        snapshot = load_checkpoint(path)
     whole = subject.outcome("ragged")
     with contextlib.closing(subject.federation("ragged", algorithm=subject.fresh())) as running:
         running.restore(snapshot)

@@ -26,7 +26,7 @@ from fedtail.engines import EngineOptions
 from fedtail.engines.base import Sink
 from fedtail.experiment import Federation
 from fedtail.models.layers import Network
-from fedtail.models.specs import MLP, ModelSpec
+from fedtail.models.specs import MLP, ModelSpec, Unified
 from fedtail.schedule import Constant, Schedule
 from fedtail.task import Variables
 from fedtail.trees import Tree
@@ -111,7 +111,14 @@ def federated(
         {"x": x[train:], "y": labels[train:]}, [np.arange(5 * i, 5 * i + 5) for i in range(len(sizes))], CLASSES,
         mean=(0.4,) if images else (), std=(0.2,) if images else (), augmentation="crop_flip" if images else "none",
         server=np.arange(held, train),
+        held=[np.arange(held + i, min(held + i + 2, train)) if i else np.zeros(0, np.int64) for i in range(len(sizes))]
+        if len(sizes) > 1 else [np.arange(held, train)],
     )  # fmt: skip
+
+
+def fitting(algorithm: Algorithm, model: ModelSpec) -> ModelSpec:
+    """Returns the model for an algorithm: itself, or two branches of it."""
+    return Unified(branch=model, width=5) if algorithm.needs_branches else model
 
 
 def experiment(
@@ -120,7 +127,7 @@ def experiment(
     """Returns the experiment of an algorithm on a problem; its data are to be replaced by the problem's."""
     chosen = PROBLEMS[problem]
     return Experiment(
-        seed=seed, rounds=ROUNDS, algorithm=algorithm, model=chosen.model, dtype="float64", engine=engine,
+        seed=seed, rounds=ROUNDS, algorithm=algorithm, model=fitting(algorithm, chosen.model), dtype="float64", engine=engine,
         local=LocalWork(epochs=2, batch_size=4), participation=Participation(clients=chosen.clients),
         schedule=schedule, evaluation=Evaluation(every=ROUNDS),
     )  # fmt: skip
@@ -197,7 +204,8 @@ class Subject:
 
 def follow(running: Federation) -> Outcome:
     """Runs what is left of a federation's rounds."""
-    found = Outcome([], [], [], [], running.task.initial, running.task.initial)
+    initial = running.engine.setting.task.initial
+    found = Outcome([], [], [], [], initial, initial)
     while running.round < ROUNDS:
         found.stages.append(running.stage)
         record = running.step()
@@ -251,7 +259,7 @@ def serve(running: Federation, cohort: Cohort, sink: Sink, received: Tree) -> No
         else:
             total = torch.tensor(sink.total, dtype=dtype)
             running.server = algorithm.server_update(cohort.ctx, running.server, received, total)
-    running.states.update((i, s) for i, s in sink.states.items() if s != ())
+    running.states.update(sink.states)
 
 
 def form(tree: Tree) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

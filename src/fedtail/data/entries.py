@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fedtail.data import formats, images
+from fedtail.data import formats, images, svhn
 from fedtail.data.dataset import Split, array_hashes, idx_hashes, stratified_split
 from fedtail.errors import DataError
 
@@ -70,7 +70,7 @@ class Entry:
     """Where an installed package has the files: the system's or, for `digits`, fedtail itself."""
     debian_package: str | None = None
     lazy: bool = False
-    """Lists of image files, which are long-tailed, stay where they are and are decoded when they are used."""
+    """Image files stay where they are and are decoded when they are used; only their lists are read."""
     obtain: str = ""
     """Where the user has to obtain the files; empty: `downloads` has them."""
 
@@ -218,6 +218,38 @@ _ENTRIES = (
         source=_CIFAR_SOURCE,
         format=_cifar(100),
         downloads=(Download(_CIFAR_ADDRESS + "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),),
+    ),
+    Entry(
+        name="svhn",
+        summary="99,289 photographs of house numbers' digits, 32x32 RGB, 10 classes",
+        class_names=_TEN_DIGITS,
+        sizes=(73_257, 26_032),
+        mean=(0.43768, 0.44377, 0.47280),
+        std=(0.19803, 0.20102, 0.19704),
+        licence="for non-commercial use only, as its authors state it",
+        source="Y. Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, NIPS Workshop on Deep "
+        "Learning and Unsupervised Feature Learning, 2011",
+        format=Format(svhn.svhn_files, svhn.read_svhn, array_hashes),
+        downloads=tuple(
+            Download(f"http://ufldl.stanford.edu/housenumbers/{name}", md5)
+            for name, md5 in zip(
+                svhn.SVHN_FILES, ("e26dedcc434d2e4c54c9b2d4a06d8373", "eb5a983be6a315427106f1b164d9cef3"), strict=True
+            )
+        ),
+    ),
+    Entry(
+        name="tiny_imagenet",
+        summary="110,000 photographs, 64x64 RGB, 200 classes; you supply the files",
+        class_names=tuple(str(label) for label in range(200)),
+        sizes=(100_000, 10_000),
+        mean=(0.4802, 0.4481, 0.3975),
+        std=(0.2770, 0.2691, 0.2821),
+        licence="ImageNet's terms of access (research and education)",
+        source="Tiny ImageNet Visual Recognition Challenge, course CS231n, Stanford University, 2015",
+        format=Format(images.tiny_imagenet_files, images.read_tiny_imagenet, None),
+        lazy=True,
+        obtain="Unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip (248 MB, MD5 90528d7ca1a48142e341f4ef8d21d0de) and "
+        "leave its folder as it is.",
     ),
     Entry(
         name="imagenet_lt",

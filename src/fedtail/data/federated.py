@@ -1,5 +1,6 @@
 """FederatedData: one copy of the columns, clients are index lists."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,6 +45,7 @@ class FederatedData:
         validation: training indices kept out of every client for model selection.
         server: training indices that the server holds.
         sources: what was loaded, cut and split, in words, for reports.
+        held: one int64 array of training indices a client that it keeps out of its training, for validation; empty: none.
     """
 
     columns: Mapping[str, Any]
@@ -57,9 +59,12 @@ class FederatedData:
     validation: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     server: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     sources: tuple[str, ...] = ()
+    held: Sequence[Array] = ()
 
     def __post_init__(self) -> None:
-        for name in ("owners", "local_tests"):
+        if not len(self.held):
+            object.__setattr__(self, "held", Members(np.zeros(0, np.int64), np.zeros(len(self.owners) + 1, np.int64)))
+        for name in ("owners", "local_tests", "held"):
             object.__setattr__(self, name, Members.of(getattr(self, name)))
         for name in ("x", "y"):
             if name not in self.columns or name not in self.test:
@@ -98,6 +103,13 @@ class FederatedData:
     @cached_property
     def _labels(self) -> tuple[Array, Array]:
         return self.columns["y"].numpy(force=True), self.test["y"].numpy(force=True)
+
+    def fold(self, number: int, folds: int) -> "FederatedData":
+        """Returns the data with another validation part: of each client's examples, every `folds`-th from `number` on."""
+        all_rows = [np.sort(np.concatenate(pair)) for pair in zip(self.owners, self.held, strict=True)]
+        out = [np.arange(len(rows)) % folds == number for rows in all_rows]
+        owners, held = ([r[o == part] for r, o in zip(all_rows, out, strict=True)] for part in (False, True))
+        return dataclasses.replace(self, owners=owners, held=held)
 
     def prepare(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Turns raw inputs into what the network sees."""

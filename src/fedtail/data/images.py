@@ -6,6 +6,9 @@ CVPR 2019, arXiv:1904.05160. Lines `PATH LABEL`, paths relative to the folder th
 iNaturalist by users: T.-M. H. Hsu, H. Qi, M. Brown, Federated Visual Classification with Real-World Data Distribution,
 ECCV 2020, arXiv:2003.08082. CSV with user_id, image_id and class, beside the images of iNaturalist 2017.
 
+Tiny-ImageNet: Stanford's course CS231n. Images of 64 x 64 pixels in a folder for each of 200 classes; its validation split, of
+which a list says the classes, is the test split here, for the labels of its own were never published.
+
 Difference from the papers' pipelines: the largest square in the middle of an image, scaled to S x S, is used for training
 as for testing; they cut at random places and scales, for which there is only `data.augmentation` here.
 """
@@ -26,7 +29,7 @@ from fedtail.data.formats import _UNDECODABLE, _corrupt, _eight_bit, _missing
 from fedtail.errors import ConfigError, DataError, did_you_mean
 
 SIZE = 224
-"""Height and width of the images of these sets unless another one is asked for."""
+"""Height and width of the images of the two large sets unless another one is asked for."""
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of ImageNet's channels: those of a large set's own pixels would take a pass over all files."""
@@ -36,6 +39,12 @@ IMAGENET_LT_LISTS = ("ImageNet_LT_train.txt", "ImageNet_LT_test.txt")
 
 INATURALIST_LISTS = ("federated_train_user_120k.csv", "test.csv")
 """The official lists of iNaturalist-User-120k: training with users, and test."""
+
+TINY_IMAGENET_SIZE = 64
+"""Height and width of Tiny-ImageNet's images."""
+
+TINY_IMAGENET_LISTS = ("wnids.txt", "val/val_annotations.txt")
+"""Tiny-ImageNet's lists: the names of its classes, in the order of which they are numbered, and the validation split."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +165,48 @@ def read_inaturalist(folder: Path, mend: str = "") -> tuple[Split, Split]:
         labels = [_label(c, lists[name], i, f"a class number, got {c!r}") for i, c in enumerate(table["class"], 2)]
         splits.append(_split(folder, lists[name], names, labels, table.get("user_id")))
     return splits[0], splits[1]
+
+
+def tiny_imagenet_files(folder: Path, mend: str = "") -> dict[str, Path]:
+    """Finds the lists of Tiny-ImageNet in its folder, tiny-imagenet-200, or in the one above.
+
+    Raises:
+        DataError: a list is missing; names what the folder holds.
+    """
+    inner = folder / "tiny-imagenet-200"
+    return _lists(inner if inner.is_dir() else folder, TINY_IMAGENET_LISTS, mend)
+
+
+def read_tiny_imagenet(folder: Path, mend: str = "") -> tuple[Split, Split]:
+    """Reads the lists of Tiny-ImageNet and the names of its training images, train/CLASS/images/*.JPEG; opens no image.
+
+    Raises:
+        DataError: a list or an image is missing, or a line of the validation split is not `NAME CLASS ...`.
+    """
+    lists = tiny_imagenet_files(folder, mend)
+    classes, validation = (lists[name] for name in TINY_IMAGENET_LISTS)
+    numbers = {name: label for label, name in enumerate(filter(None, map(str.strip, _lines(classes, mend))))}
+    train: dict[str, int] = {}
+    for name, label in numbers.items():
+        place = Path("train", name, "images")
+        files = sorted(path.name for path in (classes.parent / place).glob("*.JPEG"))
+        if not files:
+            raise _missing(classes.parent / place, "images NAME.JPEG", mend)
+        train.update({f"{place.as_posix()}/{file}": label for file in files})
+    test: dict[str, int] = {}
+    for number, line in enumerate(_lines(validation, mend), 1):
+        image, name, *_ = [*line.split(), "", ""]
+        if image and name not in numbers:
+            raise DataError(
+                f"{validation}, line {number}: expected NAME CLASS ..., got {line.strip()!r}. {mend}".rstrip()
+            )
+        if image:
+            test[f"val/images/{image}"] = numbers[name]
+    splits = (
+        _split(classes.parent, path, [*rows], [*rows.values()]) for path, rows in ((classes, train), (validation, test))
+    )
+    first, second = (resized(split, TINY_IMAGENET_SIZE) for split in splits)
+    return first, second
 
 
 def _files(folder: Path) -> Iterator[tuple[str, str]]:

@@ -52,6 +52,39 @@ class LocalWork:
         return np.array((epoch * times)[: self.steps or None], np.int64)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Participation:
+    """Who takes part in a round: drawn uniformly without replacement among the clients that hold data."""
+
+    fraction: float = 1.0
+    """Share of the population, in (0, 1]; max(floor(fraction * clients), 1) clients are drawn."""
+    clients: int = 0
+    """Number of clients instead of a share; 0 = use the share."""
+    newcomers: int = 0
+    """Number of clients that hold data but join after training: they never take part and are judged apart."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1 or min(self.clients, self.newcomers) < 0:
+            raise ConfigError("participation: fraction must be in (0, 1], clients and newcomers >= 0; "
+                              f"got {self.fraction}, {self.clients} and {self.newcomers}.")  # fmt: skip
+
+    def size(self, population: int) -> int:
+        """Returns the cohort's size."""
+        # 0.29 * 100 comes out as 28.99...: the margin is far above rounding and far below 1.
+        return min(self.clients, population) if self.clients else max(int(self.fraction * population + 1e-9), 1)
+
+    def late(self, holders: Array, seed: int) -> Array:
+        """Returns the newcomers among the clients that hold a batch, both int64 in ascending order.
+
+        Raises:
+            ConfigError: nobody would be left to train.
+        """
+        if self.newcomers >= len(holders):
+            raise ConfigError(f"participation.newcomers = {self.newcomers} leaves nobody to train: {len(holders)} clients hold "
+                              "a batch. Lower it.")  # fmt: skip
+        return np.sort(generator(seed, Stream.NEWCOMERS).choice(holders, self.newcomers, replace=False))
+
+
 class Plan(NamedTuple):
     """A client's batches and draws for one phase."""
 

@@ -17,10 +17,11 @@ from fedtail import trees
 from fedtail.algorithm import Algorithm, Client, Context, Round
 from fedtail.data.augment import augment_draws
 from fedtail.data.federated import FederatedData
-from fedtail.data.plan import LocalWork, Plan, make_plan
+from fedtail.data.plan import Array, LocalWork, Plan, make_plan
 from fedtail.drift import Drift
 from fedtail.errors import FedtailError, TrainingError
 from fedtail.seeds import Stream, generator
+from fedtail.states import ClientStates
 from fedtail.task import Draw, Task
 from fedtail.trees import Tree
 
@@ -34,14 +35,14 @@ class Result(NamedTuple):
     state: Tree
     metrics: dict[str, Tensor]  # averaged over the client's steps
     examples: int
+    judged: Tree = ()  # sums of engines.local_models, where the client's own model is judged
 
 
 class Answer(NamedTuple):
-    """What is kept of each client's result beside the sums."""
+    """What is kept of each client's result beside the sums and its state."""
 
     client: int
     weight: float
-    state: Tree
     update: Tree  # () where updates are not collected
 
 
@@ -49,9 +50,17 @@ class Sink:
     """Adds results in ascending client index, whatever the order in which they arrive.
 
     The sum is sequential, so neither the engine nor the cohort's order changes a bit of the mean.
+
+    Args:
+        ids: the clients that will answer.
+        collect: keep the updates instead of adding them up.
+        drift: also measures the updates.
+        limit: bytes of new client states to hold in memory; the others wait on the disk.
     """
 
-    def __init__(self, ids: Sequence[int], collect: bool = False, drift: Drift | None = None):
+    def __init__(
+        self, ids: Sequence[int], collect: bool = False, drift: Drift | None = None, limit: int = 1 << 62
+    ) -> None:
         self._waiting: dict[int, Result] = {}
         self._order = sorted(ids)
         self._next = 0
@@ -61,9 +70,11 @@ class Sink:
         self._first: Result | None = None
         self.total = 0.0
         self.answers: list[Answer] = []  # in ascending client index
+        self.states = ClientStates(limit)  # the new ones, of clients that have any
         self._metrics: dict[str, Tensor] = {}
         self.examples = 0
         self.dropped: dict[int, str] = {}  # clients whose result never came, and why
+        self.judged: Tree = ()
 
     @property
     def updates(self) -> list[Tree]:
@@ -74,11 +85,6 @@ class Sink:
     def weights(self) -> list[float]:
         """The clients' weights."""
         return [answer.weight for answer in self.answers]
-
-    @property
-    def states(self) -> dict[int, Tree]:
-        """The clients' new states."""
-        return {answer.client: answer.state for answer in self.answers}
 
     def at_once(self, client: int) -> bool:
         """Says whether this client's update would be added right away and not kept, so that it need not outlive `add`."""
@@ -102,11 +108,15 @@ class Sink:
 
     def _reduce(self, result: Result) -> None:
         kept = result.update if self.collect else ()
-        self.answers.append(Answer(result.client, result.weight, result.state, kept))
+        self.answers.append(Answer(result.client, result.weight, kept))
+        if result.state != ():
+            self.states[result.client] = result.state
         self.examples += result.examples
         for name, value in result.metrics.items():
             self._metrics[name] = self._metrics.get(name, 0.0) + value.double() * result.examples
         self.total += result.weight
+        if result.judged != ():
+            self.judged = trees.tree_map(torch.add, self.judged, result.judged) if self.judged != () else result.judged
         if self.drift is not None:
             self.drift.add(result.update, result.weight)
         if self.collect:
@@ -131,13 +141,14 @@ class Sink:
         """Returns everything that is a sum over clients, as a tree of tensors: what several sinks may add up."""
         numbers = torch.tensor([self.total, self.examples], dtype=torch.float64)
         return {"numbers": numbers, "metrics": self._metrics, "update": () if self.collect else self._begun(),
-                "drift": () if self.drift is None else self.drift.sums()}  # fmt: skip
+                "drift": () if self.drift is None else self.drift.sums(), "judged": self.judged}  # fmt: skip
 
-    def take(self, part: "Sink", sums: Tree, answers: Sequence[Answer]) -> None:
-        """Takes over the sums of several sinks, of which `part` is one, with all their clients' answers in order."""
+    def take(self, part: "Sink", sums: Tree, answers: Sequence[Answer], states: Mapping[int, Tree]) -> None:
+        """Takes over the sums of several sinks, of which `part` is one, with all their clients' answers in order and states."""
         self._first, self._sum = part._first, None if self.collect else sums["update"]
         self.total, self.examples = float(sums["numbers"][0]), int(sums["numbers"][1])
-        self._metrics, self.answers = sums["metrics"], list(answers)
+        self._metrics, self.answers, self.judged = sums["metrics"], list(answers), sums["judged"]
+        self.states.update(states)
         if self.drift is not None:
             self.drift.restore(sums["drift"])
 
@@ -155,6 +166,12 @@ class Sink:
         if self._sum is None:
             return self._first.update
         return trees.tree_map(lambda s, u: _narrow(s / self.total, u.dtype), self._sum, self._first.update)
+
+    def sent_bytes(self) -> int:
+        """Returns the size of all clients' updates; those that are added up have one form."""
+        if self.collect:
+            return sum(map(trees.num_bytes, self.updates))
+        return 0 if self._first is None else len(self.answers) * trees.num_bytes(self._first.update)
 
     def metrics(self) -> dict[str, Tensor]:
         """Returns the clients' metrics, averaged with their numbers of examples, and the drift where it is measured."""
@@ -180,6 +197,14 @@ class Setting:
     work: LocalWork
     seed: int
     constants: Tree = ()
+    local_models: int = 0  # rounds between two in which the clients' own models are judged; 0 = never
+    batch_size: int = 500  # images in an evaluation batch
+    double_softmax: bool = False  # of the error asymmetry
+
+    def judges(self, round: Round) -> bool:
+        """Says whether the clients' own models are judged in this phase: "train", of a round that is due; tuning is not."""
+        due = self.local_models and ((round.index + 1) % self.local_models == 0 or round.index + 1 == round.rounds)
+        return bool(due) and round.phase.local and round.phase.name == "train"
 
     @cached_property
     def draws(self) -> dict[str, Draw]:
@@ -193,12 +218,15 @@ class Setting:
 
     def plans(self, round: Round, trained: int, ids: Sequence[int]) -> dict[int, Plan]:
         """Returns the plan of each client that has at least one step."""
-        draws = self.draws if round.phase.local else {}
+        draws, rows = self.draws if round.phase.local else {}, self.rows(round)
         plans = {
-            i: make_plan(self.seed, round.index, trained, i, self.data.owners[i], self.work, draws, round.phase.local)
-            for i in ids
+            i: make_plan(self.seed, round.index, trained, i, rows[i], self.work, draws, round.phase.local) for i in ids
         }
         return {i: plan for i, plan in plans.items() if len(plan.lengths)}
+
+    def rows(self, round: Round) -> Sequence[Array]:
+        """Returns the examples that each client goes through in this phase."""
+        return self.data.held if round.phase.split == "validation" else self.data.owners
 
     def clients(self, plans: Mapping[int, Plan]) -> Client:
         """Returns what the algorithm may know of these clients, stacked along a first axis in the plans' order."""
@@ -210,13 +238,17 @@ class Setting:
             torch.tensor([len(plans[i].lengths) for i in ids], dtype=dtype, device=device),
         )
 
-    def state(self, ctx: Context, message: Tree, states: Mapping[int, Tree], client: int) -> Tree:
-        """Returns a client's state: the kept one, or the initial one at its first participation."""
+    def state(
+        self, ctx: Context, message: Tree, states: Mapping[int, Tree], client: int, device: torch.device | None = None
+    ) -> Tree:
+        """Returns a client's state, kept or (at its first participation) initial, on a device (None: the task's)."""
         if client in states:
-            return trees.tree_map(lambda t: t.to(self.task.device), states[client])
-        if type(self.algorithm).init_client is Algorithm.init_client:  # a generator costs as much as a small step
+            found = states[client]
+        elif type(self.algorithm).init_client is Algorithm.init_client:  # a generator costs as much as a small step
             return ()
-        return self.algorithm.init_client(ctx, message, generator(self.seed, Stream.CLIENT, client))
+        else:
+            found = self.algorithm.init_client(ctx, message, generator(self.seed, Stream.CLIENT, client))
+        return trees.tree_map(lambda t: t.to(device or self.task.device), found)
 
 
 @contextlib.contextmanager

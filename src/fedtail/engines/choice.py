@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from fedtail.data.plan import Array
 from fedtail.engines import EngineName, EngineOptions
 from fedtail.task import Task
 
-LIGHT = 2_000_000  # parameters of a dense model whose steps are so short that threads wait for Python's lock
+LIGHT = 2_000_000  # parameters of a model whose steps are so short that threads wait for Python's lock
 MOST = {"cpu": 32}  # clients stacked at once; more gain nothing there
 COPIES = 6  # of the parameters that a stacked client needs: itself, gradients, momentum, their successors
 
@@ -28,9 +29,12 @@ def choose(task: Task, cohort: int, cores: int) -> tuple[EngineName, str]:
     if dense and size <= 50_000 and cohort >= 25:
         return "vmap", f"a dense model of {size:,} parameters and {cohort} clients a round, on a CPU"
     if cohort >= 2 and cores >= 2:
-        if dense and size <= LIGHT and sys.platform == "linux":
-            return "processes", f"a dense model of {size:,} parameters and {cohort} clients a round on {cores} cores"
-        return "parallel", f"{cohort} clients a round on {cores} cores"
+        # a fork beside other threads (a notebook has some) may inherit a lock that nobody gives back
+        alone = threading.active_count() == 1
+        if size <= LIGHT and sys.platform == "linux" and alone:
+            return "processes", f"a model of {size:,} parameters and {cohort} clients a round on {cores} cores"
+        beside = "" if alone else ", in a process with other threads"
+        return "parallel", f"{cohort} clients a round on {cores} cores{beside}"
     return "loop", f"{cohort} client(s) a round on {cores} core(s)"
 
 

@@ -97,7 +97,8 @@ class DistributedEngine(Engine):
         with together(f"adding up round {round.index}"):
             sums = add_up(own.sums())
             answers = [answer for part in everyone(own.answers) for answer in part]
-        sink.take(own, sums, sorted(answers, key=lambda answer: answer.client))
+            states = {client: state for part in everyone(dict(own.states)) for client, state in part.items()}
+        sink.take(own, sums, sorted(answers, key=lambda answer: answer.client), states)
 
     def map_batches(self, function: Any, items: Sequence[Any]) -> list[Any]:
         """Runs this rank's share of the items; every rank gets all results."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedtail.algorithm import Batch, Client, Context, Round, as_tensor
 from fedtail.data.plan import Plan
+from fedtail.engines import local_models
 from fedtail.engines.base import Engine, Result, Setting, Sink, check_result, remedy
 from fedtail.errors import FedtailError, TrainingError
 from fedtail.task import Worker
@@ -65,10 +66,9 @@ def run_client(
         states: kept client states by index; without one the client starts with its initial state.
         plan: what the client does.
     """
-    algorithm, step = setting.algorithm, -1
+    algorithm, step, stage = setting.algorithm, -1, "init_client"
     ctx = Context(worker, round, setting.constants, client)
     number = int(client.index)
-    stage = "init_client"
     try:
         state = setting.state(ctx, message, states, number)
         stage = "local_init"
@@ -76,6 +76,7 @@ def run_client(
         if worker.donate:
             worker.protect((message, state, setting.constants, setting.task.initial))
             local = worker.own(local)
+        before = local_models.judge(setting, worker, round, local)
         stage, sums, losses = "local_step", dict[str, Tensor](), list[Tensor]()
         for step, batch in enumerate(iterate(setting, plan)):  # noqa: B007 (named in the error)
             local, metrics = algorithm.local_step(ctx, message, state, local, batch)
@@ -83,6 +84,7 @@ def run_client(
                 sums[name] = sums[name] + value if name in sums else value.clone()
             if "loss" in metrics:
                 losses.append(metrics["loss"])
+        judged = local_models.sums(setting, client, before, local_models.judge(setting, worker, round, local))
         stage = "local_final"
         update, state = algorithm.local_final(ctx, message, state, local)
         weight = float(algorithm.weight(ctx))
@@ -90,11 +92,10 @@ def run_client(
         raise
     except Exception as error:
         where = f" at step {step} " if stage == "local_step" else " "
-        raise TrainingError(
-            f"Client {number} failed in {stage}{where}of round {round.index}: {type(error).__name__}: {error} {remedy(error)}"
-        ) from error
+        raise TrainingError(f"Client {number} failed in {stage}{where}of round {round.index}: {type(error).__name__}: {error} "
+                            f"{remedy(error)}") from error  # fmt: skip
     means = {name: value / len(plan.lengths) for name, value in sums.items()}
-    result = Result(number, update, weight, state, means, len(setting.data.owners[number]))
+    result = Result(number, update, weight, state, means, len(setting.rows(round)[number]), judged)
     return check_result(result, torch.stack(losses) if losses else None, round)
 
 

@@ -1,8 +1,10 @@
 """Clients side by side on the cores of a CPU, one intra-op thread each: bit-identical to the loop engine."""
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from fedtail.engines.base import Engine, Result, Setting, Sink
 from fedtail.engines.loop import run_client
 from fedtail.task import Worker
 from fedtail.trees import Tree
+
+LAST_BREATH = 5.0  # seconds at most; it takes about a millisecond, and none where there is no /proc
 
 
 class ParallelEngine(Engine):
@@ -26,12 +30,17 @@ class ParallelEngine(Engine):
         self._own = threading.local()
         self._workers = workers
         self._pool: ThreadPoolExecutor | None = None
+        self._threads: list[int] = []  # as the system numbers them
 
     def open(self) -> None:
         """Starts the pool at the first use."""
         if self._pool is None:
             super().open()
-            self._pool = ThreadPoolExecutor(self._workers, "fedtail", initializer=torch.set_num_threads, initargs=(1,))
+            self._pool = ThreadPoolExecutor(self._workers, "fedtail", initializer=self._begin)
+
+    def _begin(self) -> None:
+        torch.set_num_threads(1)
+        self._threads.append(threading.get_native_id())
 
     def _running(self) -> ThreadPoolExecutor:
         self.open()
@@ -72,8 +81,17 @@ class ParallelEngine(Engine):
         return list(self._running().map(lambda item: function(self._worker(), item), items))
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads, and waits until the system has ended them too.
+
+        Python calls a thread ended before its last breath, in which MKL frees what it kept for it. A process forked in that
+        moment inherits MKL's lock, taken for ever.
+        """
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+            until = time.monotonic() + LAST_BREATH
+            while (
+                any(Path(f"/proc/self/task/{thread}").exists() for thread in self._threads) and time.monotonic() < until
+            ):
+                time.sleep(0.0005)
+            self._pool, self._threads = None, []
         super().close()

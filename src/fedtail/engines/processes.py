@@ -9,6 +9,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import signal
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from fedtail.engines.parallel import ParallelEngine
 from fedtail.errors import ConfigError, FedtailError, TrainingError
 from fedtail.trees import Tree
 
+TREES = ("update", "state", "metrics", "judged")  # of a result: what holds tensors
 WATCH = 1.0  # seconds after which an idle worker looks whether its parent still lives
 AHEAD = 1 << 15  # bytes of a client's plan that may wait in a pipe: sending it never blocks, hence no deadlock
 ALIGN = 64  # bytes, as torch aligns its own memory: other alignments may change bits
@@ -98,6 +100,7 @@ def serve(
 
     It is told ("round", round, (counts, message)) once, then ("client", index, its plan, its kept state, block) for each.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     torch.set_num_threads(1)
     worker = setting.task.worker("eager", donate)
     round, message = Round(0, *[None] * 4), ()  # type: ignore[arg-type]
@@ -117,8 +120,8 @@ def serve(
             client = Client(*(value[0] for value in setting.clients({number: plan})))
             states = {} if state is None else {number: blocks[turn].get(state)}
             result = run_client(setting, worker, round, client, message, states, plan)
-            update, kept, metrics = blocks[turn].put((result.update, result.state, result.metrics))
-            pipe.send(result._replace(update=update, state=kept, metrics=metrics))
+            laid = blocks[turn].put({name: getattr(result, name) for name in TREES})
+            pipe.send(result._replace(**laid))
         except FedtailError as error:
             pipe.send(error)
         except Exception as error:
@@ -223,8 +226,8 @@ class ProcessEngine(Engine):
             raise answer
         hand.queue.popleft()
         memory = hand.blocks[block]
-        state, metrics = memory.get((answer.state, answer.metrics))
-        return answer._replace(update=memory.get(answer.update, not sink.at_once(number)), state=state, metrics=metrics)
+        passing = "update" if sink.at_once(number) else None
+        return answer._replace(**{name: memory.get(getattr(answer, name), name != passing) for name in TREES})
 
     def map_batches(self, function: Any, items: Sequence[Any]) -> list[Any]:
         """Runs them in threads: a function does not travel."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedtail import trees
 from fedtail.algorithm import Batch, Client, Context, Round, as_tensor
 from fedtail.data.plan import Plan
+from fedtail.engines import local_models
 from fedtail.engines.base import Engine, Result, Setting, Sink, check_result, remedy
 from fedtail.errors import FedtailError, TrainingError
 from fedtail.trees import Tree
@@ -27,7 +28,7 @@ class VmapEngine(Engine):
 
     def __init__(self, setting: Setting, chunk: int):
         super().__init__(setting)
-        self._worker = setting.task.worker("vmap")
+        self._worker, self._eager = setting.task.worker("vmap"), setting.task.worker()
         self._chunk = chunk
         self._per_example = {name for name, draw in setting.draws.items() if draw.per_example}
 
@@ -67,19 +68,32 @@ class VmapEngine(Engine):
             return *algorithm.local_final(ctx(client), message, state, local), algorithm.weight(ctx(client))
 
         each = [Client(*(value[row] for value in clients)) for row in range(len(ids))]
-        kept = trees.stack([setting.state(ctx(c), message, states, i) for c, i in zip(each, ids, strict=True)])
+        host = torch.device("cpu")  # where client states are kept; they move to the device and back all at once
+        kept = trees.stack([setting.state(ctx(c), message, states, i, host) for c, i in zip(each, ids, strict=True)])
+        kept = trees.tree_map(lambda t: t.to(setting.task.device), kept)
         local = torch.vmap(init, randomness="error")(clients, kept)
+        before = self._judge(round, local, ids)
         local, sums, losses = self._train(round, message, clients, kept, local, list(plans.values()))
+        after = self._judge(round, local, ids)
         updates, new, weights = torch.vmap(final, randomness="error")(clients, kept, local)
+        new, weights = trees.tree_map(lambda t: t.to(host), new), weights.to(host)
         results: list[Result] = []
         for position, number in enumerate(ids):
             steps = len(plans[number].lengths)
             result = Result(
                 number, trees.row(updates, position), float(weights[position]), trees.row(new, position),
-                {k: v[position] / steps for k, v in sums.items()}, len(setting.data.owners[number]),
+                {k: v[position] / steps for k, v in sums.items()}, len(setting.rows(round)[number]),
+                local_models.sums(setting, each[position], before[position], after[position]),
             )  # fmt: skip
             results.append(check_result(result, losses[position, :steps] if losses is not None else None, round))
         return results
+
+    def _judge(self, round: Round, local: Tree, ids: Sequence[int]) -> list[local_models.Judged | None]:
+        """Judges each client's model, one after another; a None each where that is not wanted."""
+        if not self.setting.judges(round):
+            return [None for _ in ids]
+        rows = (trees.row(local, position) for position in range(len(ids)))
+        return [local_models.judge(self.setting, self._eager, round, row) for row in rows]
 
     def _train(
         self, round: Round, message: Tree, clients: Client, kept: Tree, local: Tree, plans: Sequence[Plan]

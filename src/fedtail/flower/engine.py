@@ -122,7 +122,7 @@ class FlowerEngine(Engine):
         owners = [rows if k == client else rows[:0] for k in range(data.clients)]
         trial = dataclasses.replace(
             setting,
-            data=dataclasses.replace(data, columns={**data.columns, **data.test}, owners=owners),
+            data=dataclasses.replace(data, columns={**data.columns, **data.test}, owners=owners, held=owners),
             work=dataclasses.replace(setting.work, steps=1, epochs=1),
         )
         plans = trial.plans(round, trained, [client])
@@ -201,7 +201,7 @@ class FlowerEngine(Engine):
             self._send(order, number, waiting, failed, again=True)
             return
         keeps = order.form.state != ()
-        form = order.form._replace(client=number, examples=len(self.setting.data.owners[number]))
+        form = order.form._replace(client=number, examples=len(self.setting.rows(order.round)[number]))
         try:
             result = wire.result(reply.content, form, keeps and self.roster.options.states == "server")
             results[number] = check_result(result, None, order.round)

@@ -72,7 +72,9 @@ class Node:
             task = dataclasses.replace(task, initial=wire.take(initial, task.initial, "initial"))
         constants = experiment.algorithm.constants(task, generator(experiment.seed, Stream.CONSTANTS))
         task = experiment.algorithm.stage_task(task, stage)
-        return Setting(experiment.algorithm, task, self.data, experiment.local, experiment.seed, constants)
+        data, judging = experiment.algorithm.stage_data(self.data, stage), experiment.evaluation
+        return Setting(experiment.algorithm, task, data, experiment.local, experiment.seed, constants,
+                       judging.local_models, judging.batch_size, judging.double_softmax)  # fmt: skip
 
     def train(self, content: Any, memory: Any) -> dict[str, Any]:
         """Does the client's part in a phase; returns the records of the answer.

@@ -148,7 +148,7 @@ def ask(round: Round, trained: int, message: Tree, states: str) -> dict[str, Any
     facts = {"index": round.index, "cohort": round.cohort, "population": round.population, "rounds": round.rounds,
              "lr_scale": float(round.lr_scale), "stage": round.stage, "holders": round.holders, "trained": trained,
              "phase": round.phase.name, "phase_cohort": round.phase.cohort, "reduce": round.phase.reduce,
-             "local": round.phase.local, "states": states, "protocol": PROTOCOL}  # fmt: skip
+             "local": round.phase.local, "split": round.phase.split, "states": states, "protocol": PROTOCOL}  # fmt: skip
     records = {"ask": app.ConfigRecord({**facts, "form": structure(message)}), "message": pack(message, "message")}
     if round.counts is not None:
         records["counts"] = pack(round.counts, "counts")
@@ -163,7 +163,7 @@ def asked(content: Mapping[str, Any], dtype: torch.dtype, device: torch.device) 
             f"the server speaks protocol {a['protocol']}, this node {PROTOCOL}. Install the same fedtail."
         )
     counts = read(content["counts"]["counts"]).to(device, dtype) if "counts" in content else None
-    phase = Phase(a["phase"], a["phase_cohort"], a["reduce"], a["local"])
+    phase = Phase(a["phase"], a["phase_cohort"], a["reduce"], a["local"], a["split"])
     round = Round(a["index"], phase, a["cohort"], a["population"], a["rounds"], a["lr_scale"], a["stage"], a["holders"],
                   counts)  # fmt: skip
     return round, a["trained"]
@@ -175,6 +175,8 @@ def answer(result: Result, state: bool) -> dict[str, Any]:
     numbers = {"client": result.client, "weight": result.weight, "examples": result.examples}
     records = {"answer": app.ConfigRecord(numbers), "update": pack(result.update, "update"),
                "metrics": pack(result.metrics, "metrics")}  # fmt: skip
+    if result.judged != ():
+        records["judged"] = pack(result.judged, "judged")
     return {**records, "state": pack(result.state, "state")} if state else records
 
 
@@ -190,7 +192,7 @@ def result(content: Mapping[str, Any], form: Result, state: bool) -> Result:
         ValueError: a record or an array is missing, unknown, damaged, or of another type or shape.
         TrainingError: the update, the weight, a metric or the state is not finite.
     """
-    wanted = {"answer", "update", "metrics", *(["state"] if state else [])}
+    wanted = {"answer", "update", "metrics", *(["state"] if state else []), *(["judged"] if form.judged != () else [])}
     if set(content.keys()) != wanted:
         raise ValueError(f"the records are {', '.join(sorted(content.keys()))} instead of {', '.join(sorted(wanted))}")
     numbers = dict(content["answer"])
@@ -206,6 +208,8 @@ def result(content: Mapping[str, Any], form: Result, state: bool) -> Result:
     metrics = cast("dict[str, Tensor]", take(content["metrics"], form.metrics, "metrics"))
     if not trees.all_finite(metrics):
         raise TrainingError("a metric is not finite")
-    return Result(
-        form.client, take(content["update"], form.update, "update"), numbers["weight"], kept, metrics, form.examples
-    )
+    judged = take(content["judged"], form.judged, "judged") if form.judged != () else ()
+    if not trees.all_finite(judged):
+        raise TrainingError("what it says of its own model is not finite")
+    update = take(content["update"], form.update, "update")
+    return Result(form.client, update, numbers["weight"], kept, metrics, form.examples, judged)

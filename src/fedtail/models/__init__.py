@@ -3,6 +3,7 @@
 from fedtail.models.specs import (
     MLP,
     MODELS,
+    BranchCNN,
     LeNet,
     ModelSpec,
     ResNet8,
@@ -10,6 +11,7 @@ from fedtail.models.specs import (
     ResNet20,
     ResNet34,
     ResNet50,
+    Unified,
     UserModel,
     model_spec,
 )
@@ -17,6 +19,7 @@ from fedtail.models.specs import (
 __all__ = [
     "MLP",
     "MODELS",
+    "BranchCNN",
     "LeNet",
     "ModelSpec",
     "ResNet8",
@@ -24,6 +27,7 @@ __all__ = [
     "ResNet20",
     "ResNet34",
     "ResNet50",
+    "Unified",
     "UserModel",
     "model_spec",
 ]

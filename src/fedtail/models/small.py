@@ -42,15 +42,16 @@ class LeNet(Network):
     """Twice 5x5 convolution (to 6, to 16) without padding, ReLU and max-pool 2; hidden layers of 120 and 84; head.
 
     Args:
-        input_shape: (channels, height, width); height and width >= 16, so that the last map has a pixel.
+        input_shape: (channels, height, width); height and width >= 16 - 2 padding, so that the last map has a pixel.
         num_classes: C, number of logits.
+        padding: Zeros around the image, pixels on each side.
     """
 
-    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int, padding: int = 0) -> None:
         super().__init__()
         channels, height, width = input_shape
-        rows, columns = (((size - 4) // 2 - 4) // 2 for size in (height, width))
-        self.conv1 = nn.Conv2d(channels, 6, 5)
+        rows, columns = (((size + 2 * padding - 4) // 2 - 4) // 2 for size in (height, width))
+        self.conv1 = nn.Conv2d(channels, 6, 5, padding=padding)
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.hidden1 = nn.Linear(16 * rows * columns, 120)
         self.hidden2 = nn.Linear(120, 84)

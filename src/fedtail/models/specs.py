@@ -12,6 +12,8 @@ do: whoever builds a network seeds that generator, and puts its state back.
     resnet18   11,173,962                                           512
     resnet34   21,282,122                                           512
     resnet50   23,528,522                                           2,048
+    branch_cnn 9,310; 6,930 (1x28x28)                               720; 500 (1x28x28)
+    unified    19,622; 14,862 (1x28x28)                             32
 """
 
 from __future__ import annotations
@@ -90,18 +92,25 @@ class MLP(ModelSpec):
 class LeNet(ModelSpec):
     """Two 5x5 convolutions (6 and 16 channels) and two hidden layers (120 and 84); images of 16 pixels or more."""
 
+    padding: int = 0
+    """Zeros around the image, pixels on each side, >= 0; 2 gives images of 28 pixels the 61,706 parameters of LeNet-5."""
+
+    def __post_init__(self) -> None:
+        if self.padding < 0:
+            raise ConfigError(f"LeNet.padding must be in [0, inf), got {self.padding}.")
+
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """Make the network for images of at least 16 x 16 pixels; see `ModelSpec.build`."""
         _check("lenet", input_shape, num_classes, images=True)
         channels, height, width = input_shape
-        if min(height, width) < 16:
+        if min(height, width) + 2 * self.padding < 16:
             raise ConfigError(
                 f"model lenet needs images of at least 16 x 16 pixels, got {height} x {width}. "
                 "Use model mlp, which takes any size."
             )
         from fedtail.models import small
 
-        return small.LeNet((channels, height, width), num_classes)
+        return small.LeNet((channels, height, width), num_classes, self.padding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +210,51 @@ class ResNet50(_StemResNet):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BranchCNN(ModelSpec):
+    """Two 3x3 convolutions (10 and 20 channels) and a classifier; one branch of `unified`, for images of 10 pixels or more."""
+
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """Make the network for images of at least 10 x 10 pixels; see `ModelSpec.build`."""
+        _check("branch_cnn", input_shape, num_classes, images=True)
+        channels, height, width = input_shape
+        if min(height, width) < 10:
+            raise ConfigError(
+                f"model branch_cnn needs images of at least 10 x 10 pixels, got {height} x {width}. "
+                "Use model mlp, which takes any size."
+            )
+        from fedtail.models import branches
+
+        return branches.BranchCNN((channels, height, width), num_classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unified(ModelSpec):
+    """Two branches on one input and a small head over their scores (the two-stage lightweight CNN)."""
+
+    branch: ModelSpec = BranchCNN()
+    """The network that both branches are."""
+
+    width: int = 32
+    """Units of the hidden layer, >= 1; 32 is the paper's."""
+
+    dropout: float = 0.5
+    """Probability, in [0, 1), with which one is left out; at 0 there is no such layer; 0.5 is the paper's."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ConfigError(f"Unified.width must be in [1, inf), got {self.width}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"Unified.dropout must be in [0, 1), got {self.dropout}.")
+
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """Make the network for whatever inputs its branch takes; see `ModelSpec.build`."""
+        from fedtail.models import branches
+
+        one, other = (self.branch.build(input_shape, num_classes) for _ in range(2))
+        return branches.Unified(one, other, num_classes, self.width, self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
 class UserModel(ModelSpec):
     """A network of your own: a class derived from torch.nn.Module, or a function that returns a module."""
 
@@ -229,6 +283,8 @@ MODELS: dict[str, type[ModelSpec]] = {
     "resnet18": ResNet18,
     "resnet34": ResNet34,
     "resnet50": ResNet50,
+    "branch_cnn": BranchCNN,
+    "unified": Unified,
 }
 """The networks by name; a network of the user's own has a `UserModel` instead of a name."""
 
