@@ -24,6 +24,7 @@ class Grid:
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self.nodes = {100 + c.client: c for c in clients}
         self.behave = {}  # node -> function(records or None, content) -> records, an Exception, or None: no answer
+        self.judge = {}  # node -> what it answers when it is asked to evaluate
         self.sent, self._replies, self._count = [], {}, 0
 
     def get_node_ids(self):
@@ -41,7 +42,9 @@ class Grid:
         self.sent.append((kind, node, content))
         client = self.nodes[node]
         try:
-            records = {"hello": client.hello()} if kind == "query" else client.train(content, client.memory)
+            records = {"hello": client.hello()} if kind == "query" else getattr(client, kind)(content, client.memory)
+            if kind == "evaluate" and node in self.judge:
+                records = self.judge[node]
             if kind == "train" and node in self.behave:
                 records = self.behave[node](records, content)
         except Exception as error:

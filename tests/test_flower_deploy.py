@@ -11,6 +11,7 @@ from PIL import Image
 
 from fedtail import cli, config
 from fedtail.config import Data, Evaluation, Experiment
+from fedtail.data.dataset import Split, assemble
 from fedtail.errors import ConfigError, DataError
 from fedtail.flower import server, sites
 from fedtail.flower.node import Node
@@ -87,13 +88,13 @@ def test_an_algorithm_of_ones_own_travels_with_the_app(tmp_path):
 @pytest.mark.parametrize(
     ("experiment", "options", "reason"),
     [
-        (Experiment(), {"sites": 2}, "evaluation.local = false"),
+        (Experiment(evaluation=Evaluation(local_models=1)), {"sites": 2}, "local_models"),
         (Experiment(evaluation=Evaluation(local=False)), {"sites": 2}, "explicit"),
         (Experiment(evaluation=Evaluation(local=False, groups=Thirds())), {"sites": 2}, "--share-counts"),
         (dataclasses.replace(SITES, algorithm=config.FedAvg(loss=LogitAdjustment(prior="shared"))),
          {"sites": 2}, "fedavg needs the number of examples of each class"),
-        (Experiment(evaluation=Evaluation(finetune=Finetune(epochs=1))), {}, "finetune"),
-        (Experiment(algorithm=config.resolve(config.Algorithm, "fedloge")()), {"states": "node"}, "personal models"),
+        (Experiment(evaluation=Evaluation(finetune=Finetune(epochs=1))), {"states": "node"}, "finetune"),
+        (Experiment(evaluation=Evaluation(finetune=Finetune(epochs=1), groups=GROUPS)), {"sites": 2}, "finetune"),
         (Experiment(evaluation=Evaluation(local=False, groups=GROUPS), participation=config.Participation(newcomers=1)),
          {"sites": 2}, "newcomers"),
     ],
@@ -131,6 +132,37 @@ def test_node_check_reads_a_folder_of_images(tmp_path, capsys):
     (tmp_path / "images" / "3").rename(tmp_path / "images" / "cat")
     with pytest.raises(DataError, match="no class 'cat'"):
         check(app, tmp_path / "images")
+
+
+def test_test_data_of_a_site_are_read_beside_its_training_data(tmp_path):
+    form = sites.Form((1, 8, 8), tuple("0123456789"), (0.5,), (0.5,))
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "site.npz", x_train=x[:20], y_train=np.arange(20) % 10, x_test=x[20:], y_test=np.arange(10))
+    for part, label in (("train", "3"), ("train", "7"), ("test", "7")):
+        (tmp_path / "site" / part / label).mkdir(parents=True)
+        Image.fromarray(x[0]).save(tmp_path / "site" / part / label / "a.png")
+    for name, train, test in (("site.npz", 20, 10), ("site", 2, 1)):
+        data = sites.node_data(SITES, form, 3, 1, str(tmp_path / name))
+        assert [len(rows) for rows in data.owners] == [0, train, 0]
+        assert [len(rows) for rows in data.local_tests] == [0, test, 0]
+    held = dataclasses.replace(SITES, data=Data(client_validation=0.25))
+    data = sites.node_data(held, form, 3, 1, str(tmp_path / "site.npz"))
+    assert [len(rows) for rows in data.owners] == [0, 15, 0]
+    assert [len(rows) for rows in data.held] == [0, 5, 0]
+
+
+def test_classes_of_the_hub_are_matched_by_name(monkeypatch):
+    form = sites.Form((1, 8, 8), ("ant", "bee", "cat"), (0.5,), (0.5,))
+    x = np.zeros((4, 1, 8, 8), np.uint8)
+    names = ("cat", "ant")
+    found = assemble("pets", Split(x, np.array([0, 1, 1, 0])), Split(x[:2], np.array([1, 0])), names)
+    monkeypatch.setattr(sites.hub, "load", lambda name: found)
+    train, test = sites.read_site("hf:some/pets", form)
+    assert train.y.tolist() == [2, 0, 0, 2]
+    assert test.y.tolist() == [0, 2]
+    with pytest.raises(DataError, match="the experiment has no class 'cat'; its classes are ant, bee, dog"):
+        sites.read_site("hf:some/pets", form._replace(classes=("ant", "bee", "dog")))
 
 
 @pytest.mark.parametrize(
@@ -189,14 +221,14 @@ def test_a_node_shares_counts_only_with_the_sites_consent(tmp_path):
 def test_the_server_knows_sizes_and_only_shared_counts():
     experiment = dataclasses.replace(SITES, data=Data(validation=2, server=3))
     counts = {0: [1] * 10, 1: [0, 5] + [0] * 8}
-    data = sites.server_data(experiment, {0: 10, 1: 5}, counts)
+    data = sites.server_data(experiment, sites.Holdings([10, 5], [0, 0], counts))
     assert [len(rows) for rows in data.owners] == [10, 5]
     assert data.class_totals().tolist() == [1, 6, *[1] * 8]
     assert data.class_totals(without=[0]).tolist() == [0, 5, *[0] * 8]
     assert (len(data.validation), len(data.server), len(data.columns["x"]), len(data.test["y"])) == (20, 30, 50, 500)
     for rows, each in ((data.validation, 2), (data.server, 3)):
         assert np.bincount(data.columns["y"].numpy()[rows]).tolist() == [each] * 10
-    assert not sites.server_data(experiment, {0: 10, 1: 5}, {}).counts().any()
+    assert not sites.server_data(experiment, sites.Holdings([10, 5], [2, 1])).counts().any()
 
 
 def test_the_test_authority_signs_what_it_should(tmp_path):

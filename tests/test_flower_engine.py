@@ -1,7 +1,6 @@
 """The engine whose clients are nodes, on a grid without processes: the loop engine's bits, and what it does with bad nodes."""
 
 import dataclasses
-import itertools
 
 import pytest
 
@@ -20,6 +19,7 @@ from fedtail.flower import engine as flower_engine
 from fedtail.flower import node as flower_node
 from fedtail.flower import server, wire
 from fedtail.flower.roster import Options, Roster
+from fedtail.personalise import Finetune
 
 QUICK = Options(deadline=0.3, attempts=2, quorum=0.5)
 
@@ -59,6 +59,92 @@ def test_flower_equals_loop_exactly(case):
     running.close()
     resent = [content for kind, _, content in grid.sent if kind == "train" and "state" in content]
     assert not resent, "a node that keeps its state is not sent it"
+
+
+PERSONAL = [
+    case
+    for case in problem.CASES
+    if problem.experiment(case, "ragged").algorithm.personal and not case.startswith("Staged")
+]
+
+
+@pytest.mark.parametrize("case", [*PERSONAL, "fedavg"])
+def test_nodes_that_keep_their_states_judge_themselves_as_the_simulator_does(case):
+    """No server holds the personal models; the means over the clients' own scores have the simulator's bits."""
+    chosen = problem.PROBLEMS["ragged"]
+    data = problem.federated(chosen.sizes, chosen.images)
+    tests = [rows if len(own) else rows[:0] for rows, own in zip(data.local_tests, data.owners, strict=True)]
+    data = dataclasses.replace(data, local_tests=tests)  # who holds nothing has no node
+    experiment = problem.experiment(case, "ragged")
+    grid, roster, engine = deployed(experiment, data, Options(states="node"))
+    roster.look()
+    wanted, running = Federation(experiment, data), Federation(experiment, data, engine=engine)
+    while running.round < problem.ROUNDS:
+        assert step(running) == step(wanted)
+    running.round = wanted.round = problem.ROUNDS - 1
+    assert running.score() == wanted.score()
+    running.close()
+    wanted.close()
+    assert not len(running.states)
+    judged = [content for kind, _, content in grid.sent if kind == "evaluate"]
+    assert len(judged) == np.count_nonzero([len(rows) for rows in tests])
+    assert not any("state" in content for content in judged)
+
+
+@pytest.mark.parametrize("records", [
+    None, RuntimeError("no memory"), {"scores": ConfigRecord({"scores": 1.0})},
+    {"scores": ArrayRecord({"scores": Array(np.full((1, 2, 5), 1.5))})},
+    {"scores": ArrayRecord({"scores": Array(np.zeros((2, 2, 5)))})},
+], ids=["silence", "error", "kind", "range", "shape"])  # fmt: skip
+def test_a_node_that_does_not_judge_is_left_out_of_the_means(records):
+    running, grid, _ = federation("fedavg", options=dataclasses.replace(QUICK, states="node"))
+    step(running)
+    everyone = running.score()["local"]
+    grid.judge = {100: records}
+    others = running.score()["local"]
+    running.close()
+    assert (everyone["clients"], others["clients"]) == (5, 4), "of six clients one holds nothing"
+
+
+def test_tuned_models_are_those_of_the_simulator():
+    """`evaluation.finetune`: the nodes tune, the server judges; their own states stay what they were."""
+    case, chosen = "scaffold", problem.PROBLEMS["ragged"]
+    experiment = problem.experiment(case, "ragged")
+    judging = dataclasses.replace(experiment.evaluation, finetune=Finetune(epochs=1))
+    experiment = dataclasses.replace(experiment, evaluation=judging, rounds=1)
+    data = problem.federated(chosen.sizes, chosen.images)
+    grid, roster, engine = deployed(experiment, data)
+    roster.look()
+    scores = []
+    for running in (Federation(experiment, data), Federation(experiment, data, engine=engine)):
+        step_record = running.step()
+        scores.append((running.score(), step_record))
+        kept = [sorted(client.memory) for client in grid.nodes.values()]
+        running.close()
+    assert scores[0] == scores[1]
+    assert "tuned" in scores[0][0]
+    assert all(key.endswith("0.train") for keys in kept for key in keys)
+
+
+def test_an_experiment_that_starts_from_a_run_needs_it_on_the_server_alone():
+    """The nodes' own model has other values; what they train is what the server sent them."""
+    chosen = problem.PROBLEMS["ragged"]
+    data = problem.federated(chosen.sizes, chosen.images)
+    experiment = problem.experiment("fedprox", "ragged")
+    _, roster, engine = deployed(experiment, data)
+    roster.look()
+    first = Federation(experiment, data).task.initial
+    initial = trees.tree_map(lambda t: t * 1.5 if t.is_floating_point() else t, first)
+    started = dataclasses.replace(experiment, start="a/run/that/only/the/server/has")
+    wanted = Federation(started, data, initial=initial)
+    found = Federation(started, data, initial=initial, engine=engine)
+    roster.initial = found.task.initial
+    for _ in range(2):
+        assert step(found) == step(wanted)
+        assert trees.equal(found.server, wanted.server)
+    assert not trees.equal(found.server, problem.outcome("fedprox", "ragged").servers[1])
+    found.close()
+    wanted.close()
 
 
 def step(running):
@@ -281,26 +367,31 @@ def test_options_come_from_flat_keys():
 
 
 def sites_app(folder, method):
-    """An app on two sites with data of their own, and these data as one federation of the simulator's."""
+    """An app on two sites with data of their own, one with test data, and all these data as one federation."""
     from fedtail import cli
     from fedtail.data.catalog import load
     from fedtail.data.federated import FederatedData
+    from fedtail.federation import hold_out
 
     digits = load("digits")
-    parts = [np.arange(0, 400, 3), np.arange(1, 200)]
-    for k, rows in enumerate(parts):
-        np.savez(folder / f"site{k}.npz", x=digits.train.x[rows], y=digits.train.y[rows])
+    parts, tests = [np.arange(0, 400, 3), np.arange(1, 200)], [np.arange(40), np.zeros(0, np.int64)]
+    for k, (rows, own) in enumerate(zip(parts, tests, strict=True)):
+        test = {"x_test": digits.test.x[own], "y_test": digits.test.y[own]} if len(own) else {}
+        np.savez(folder / f"site{k}.npz", x_train=digits.train.x[rows], y_train=digits.train.y[rows], **test)
+    model = 'model = { name = "unified", branch = { name = "mlp", hidden = [8] } }\n' if method == "lightweight" else ""
     (folder / "experiment.toml").write_text(
-        f'rounds = 3\nalgorithm = {{ name = "{method}" }}\nengine = {{ name = "loop" }}\nlocal = {{ epochs = 1 }}\n'
-        '[evaluation]\nlocal = false\ngroups = { name = "thirds" }\n'
+        f'rounds = 3\nalgorithm = {{ name = "{method}" }}\nengine = {{ name = "loop" }}\nlocal = {{ epochs = 1 }}\n{model}'
+        'data = { client_validation = 0.25 }\n[evaluation]\ngroups = { name = "thirds" }\n'
     )
     cli.dispatch(["deploy", str(folder / "experiment.toml"), str(folder / "app"), "--sites", "2", "--share-counts"])
     rows, ends = np.concatenate(parts), np.cumsum([0, *map(len, parts)])
     columns = {"x": torch.from_numpy(digits.train.array[rows]), "y": torch.from_numpy(digits.train.y[rows])}
     test = {"x": torch.from_numpy(digits.test.array), "y": torch.from_numpy(digits.test.y)}
-    owners = [np.arange(a, b) for a, b in itertools.pairwise(ends)]
-    none = [np.zeros(0, np.int64)] * 2
-    return folder / "app" / "fedtail_app", FederatedData(columns, owners, test, none, 10, digits.mean, digits.std)
+    # each site draws what it holds out among its own rows, counted from 0
+    owners, held = hold_out([np.arange(len(part)) for part in parts], 0.25, 0)
+    owners, held = ([part + end for part, end in zip(each, ends[:-1], strict=True)] for each in (owners, held))
+    whole = FederatedData(columns, owners, test, tests, 10, digits.mean, digits.std, held=held)
+    return folder / "app" / "fedtail_app", whole
 
 
 def site(app, options, folder, client):
@@ -310,7 +401,7 @@ def site(app, options, folder, client):
     return found
 
 
-@pytest.mark.parametrize("method", ["fedgrab", "scaffold"])
+@pytest.mark.parametrize("method", ["fedgrab", "fedloge", "lightweight"])
 def test_sites_train_as_one_federation_and_continue_after_a_stop(tmp_path, method):
     app, whole = sites_app(tmp_path, method)
     experiment = wire.load_experiment(app)
@@ -331,7 +422,12 @@ def test_sites_train_as_one_federation_and_continue_after_a_stop(tmp_path, metho
         rounds.close()
     assert trees.equal(running.server, wanted.server)
     assert all(trees.equal(running.states[k], wanted.states[k]) for k in wanted.states)
+    for record in kept:
+        for scores in (record, *record.get("readings", {}).values()):
+            for kind in {"local", "personal"} & scores.keys():
+                scores[kind]["test_set"] = "each client's own test set"
     assert found == kept
+    assert found[-1]["local"]["clients"] == 1
     with pytest.raises(
         CheckpointError, match=r"began with 2 clients of .* Continue a deployment on sites with `flwr run`"
     ):

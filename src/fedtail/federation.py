@@ -39,7 +39,7 @@ def federate(options: Data, seed: int, device: str = "cpu") -> FederatedData:
     owners = options.partition.split(labels[chosen], classes, generator(seed, Stream.PARTITION), users)
     counts = Members.of(owners).class_counts(labels[chosen], classes)
     local = _local_tests(options, seed, labels[chosen], counts, dataset.test.y)
-    owners, own_validation = _hold_out(owners, options.client_validation, seed)
+    owners, own_validation = hold_out(owners, options.client_validation, seed)
     rows = np.concatenate([chosen, *held])  # only these are kept in memory
     ends = np.cumsum([len(chosen), *map(len, held)])
     decoder = Decoder(options.cache_mib << 20, options.decode_threads)
@@ -52,7 +52,7 @@ def federate(options: Data, seed: int, device: str = "cpu") -> FederatedData:
     )  # fmt: skip
 
 
-def _hold_out(owners: Sequence[Array], share: float, seed: int) -> tuple[Sequence[Array], list[Array]]:
+def hold_out(owners: Sequence[Array], share: float, seed: int) -> tuple[Sequence[Array], list[Array]]:
     """Splits each client's rows at random; returns what it trains on and what it validates on (nothing at all: [])."""
     if not share:
         return owners, []

@@ -20,10 +20,14 @@ from fedtail.data.federated import FederatedData
 from fedtail.data.plan import Array, LocalWork, Plan, make_plan
 from fedtail.drift import Drift
 from fedtail.errors import FedtailError, TrainingError
+from fedtail.metrics import ShotGroups
 from fedtail.seeds import Stream, generator
 from fedtail.states import ClientStates
 from fedtail.task import Draw, Task
 from fedtail.trees import Tree
+
+Scores = Mapping[str, float | None]
+"""What `metrics.client_scores` says of a client."""
 
 
 class Result(NamedTuple):
@@ -332,6 +336,16 @@ class Engine(ABC):
     @abstractmethod
     def map_batches(self, function: Any, items: Sequence[Any]) -> list[Any]:
         """Returns [function(worker, item) for item in items], on whatever the engine runs (evaluation)."""
+
+    def client_scores(
+        self, round: Round, message: Tree, states: Mapping[int, Tree], groups: Sequence[ShotGroups]
+    ) -> list[list[Mapping[str, Scores]]] | None:
+        """Returns what the clients of a deployment find on test sets of their own; None: those are here.
+
+        Of every client for each way to predict (`evaluate.readings`): its scores as "local", by the generic model, and
+        "personal"; [] where nobody has a test set. `groups`: each client's.
+        """
+        return None
 
     def close(self) -> None:
         """Gives threads back; may be called again."""

@@ -1,4 +1,4 @@
-"""The engine whose clients are real nodes: messages go out, checked results come back, under a quorum and a deadline.
+"""The engine whose clients are real nodes: messages go out, checked replies come back, under a quorum and a deadline.
 
 Who fails, is gone, answers nonsense or too late drops out of the phase: the mean is over the others with their own weights, and
 the record of the round names the client and the reason. A client's part is a pure function of what it was sent; asking again
@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,30 +18,30 @@ import numpy as np
 from fedtail.algorithm import Client, Round
 from fedtail.data.plan import Plan
 from fedtail.engines import EngineOptions, make_engine
-from fedtail.engines.base import Engine, Result, Setting, Sink, check_result
+from fedtail.engines.base import Engine, Result, Scores, Setting, Sink, check_result
 from fedtail.engines.loop import run_client
 from fedtail.errors import FedtailError, TrainingError
+from fedtail.evaluate import readings
 from fedtail.flower import wire
 from fedtail.flower.roster import LOOK, POLL, Roster
+from fedtail.metrics import ShotGroups
+from fedtail.personalise import Tuning
 from fedtail.trees import Tree
 
 log = logging.getLogger("fedtail")
 
 
 class Order(NamedTuple):
-    """What a cohort is asked for."""
+    """What clients are asked for."""
 
+    kind: str  # "train" or "evaluate"
     round: Round
-    trained: int
-    message: Tree
     states: Mapping[int, Tree]
-    form: Result  # what an answer looks like
     records: dict[str, Any]  # what everyone gets alike
-
-    @property
-    def name(self) -> str:
-        """The tag of the states that come of it."""
-        return f"{self.round.index}.{self.round.phase.name}"
+    read: Callable[[int, Any], Any]  # (client, records of its reply) -> what is in it, checked
+    facts: Mapping[int, Mapping[str, Any]]  # what a client gets for itself
+    tag: str = ""  # of the states that come of it; "": they stay the same
+    fresh: bool = False  # whether clients begin without a state
 
 
 class Waiting(NamedTuple):
@@ -83,7 +83,7 @@ class FlowerEngine(Engine):
             TrainingError: no quorum, however often it was asked for.
         """
         self.open()
-        order = self._order(round, trained, message, states, plans)
+        order = self._training(round, trained, message, states, plans)
         needed = math.ceil(self.roster.options.quorum * len(plans) - 1e-9)
         results, failed, waiting = dict[int, Result](), dict[int, str](), dict[str, Waiting]()
         for attempt in range(self.roster.options.attempts):
@@ -106,14 +106,50 @@ class FlowerEngine(Engine):
         for result in results.values():
             sink.add(result)
 
-    def _order(
+    def _training(
         self, round: Round, trained: int, message: Tree, states: Mapping[int, Tree], plans: Mapping[int, Plan]
     ) -> Order:
-        form = self.form(round, trained, message, next(iter(plans)))
-        records = wire.ask(round, trained, message, self.roster.options.states)
+        form, rows = self.form(round, trained, message, next(iter(plans))), self.setting.rows(round)
+        keeps, sends = form.state != (), form.state != () and self.roster.options.states == "server"
+
+        def read(number: int, content: Any) -> Result:
+            expected = form._replace(client=number, examples=len(rows[number]))
+            return check_result(wire.result(content, expected, sends), None, round)
+
+        tuning = isinstance(self.setting.algorithm, Tuning)  # of a model that is judged and forgotten
+        tag = f"{round.index}.{round.phase.name}" if keeps and not tuning else ""
+        return Order("train", round, states, self._records(round, trained, message), read, {}, tag, tuning)
+
+    def _records(self, round: Round, trained: int, message: Tree) -> dict[str, Any]:
+        tuning = isinstance(self.setting.algorithm, Tuning)
+        records = wire.ask(round, trained, message, self.roster.options.states, tuning)
         if self.roster.initial is not None:
             records["initial"] = wire.pack(self.roster.initial, "initial")
-        return Order(round, trained, message, states, form, records)
+        return records
+
+    def client_scores(
+        self, round: Round, message: Tree, states: Mapping[int, Tree], groups: Sequence[ShotGroups]
+    ) -> list[list[Mapping[str, Scores]]] | None:
+        """Asks every node that has test examples for its scores, where the server cannot judge in its place.
+
+        That is where test sets are the sites' own, and where states stay on the nodes. A client that does not answer before
+        the deadline is left out of the means, whose entry says how many clients they are over.
+        """
+        if not self.roster.options.sites and self.roster.options.states == "server":
+            return None
+        self.open()
+        self.roster.look()
+        ways = len(readings(self.setting.algorithm))
+        own = {k: {name: list(each) for name, each in group._asdict().items()} for k, group in enumerate(groups)}
+        order = Order("evaluate", round, states, self._records(round, 0, message),
+                      lambda _, content: wire.scores(content, ways), own)  # fmt: skip
+        found: dict[int, Any] = {}
+        clients = sorted(k for k, facts in self.roster.nodes.items() if facts.tests)
+        if not clients:
+            return []
+        for number, why in self._window(order, clients, 0, {}, found).items():
+            log.warning("round %d: client %d is not judged: %s", round.index, number, why)
+        return [found.get(k, [wire.NO_SCORES] * ways) for k in range(len(groups))]
 
     def form(self, round: Round, trained: int, message: Tree, client: int) -> Result:
         """Returns a result of this phase, of one step on test images: what every answer must look like, whatever its values."""
@@ -130,7 +166,7 @@ class FlowerEngine(Engine):
         return run_client(trial, setting.task.worker("eager", False), round, here, message, {}, plans[client])
 
     def _window(self, order: Order, clients: Sequence[int], needed: int, waiting: dict[str, Waiting],
-                results: dict[int, Result]) -> dict[int, str]:  # fmt: skip
+                results: dict[int, Any]) -> dict[int, str]:  # fmt: skip
         """Asks these clients and waits until all have answered or failed, or the deadline is over.
 
         A client without a node is waited for only as long as the others are no quorum; one that has a new node is asked again.
@@ -158,7 +194,7 @@ class FlowerEngine(Engine):
             time.sleep(min(POLL, max(end - time.monotonic(), 0)))
 
     def _keep_asked(self, order: Order, number: int, waiting: dict[str, Waiting], failed: dict[int, str],
-                    results: dict[int, Result]) -> None:  # fmt: skip
+                    results: dict[int, Any]) -> None:  # fmt: skip
         """Asks a client that has a node and was not asked yet, or was asked on a node that it has no more."""
         if number in results or number in failed or number not in self.roster.nodes:
             return
@@ -176,21 +212,23 @@ class FlowerEngine(Engine):
         if number not in roster.nodes:
             failed[number] = "its node is gone"
             return
-        node, tag = roster.nodes[number].node, "" if again else roster.tag(number)
-        facts = {**order.records["ask"], "tag": tag, "client": number}
+        node, tag = roster.nodes[number].node, "" if again or order.fresh else roster.tag(number)
+        facts = {**order.records["ask"], **order.facts.get(number, {}), "tag": tag, "client": number}
         records = dict(order.records)
         if not tag and number in order.states:
             state = order.states[number]
             facts["state_form"], records["state"] = wire.structure(state), wire.pack(state, "state")
         seconds = roster.options.deadline * roster.options.attempts
-        sent = roster.send(node, "train", {**records, "ask": app.ConfigRecord(facts)}, seconds, str(order.round.index))
+        sent = roster.send(
+            node, order.kind, {**records, "ask": app.ConfigRecord(facts)}, seconds, str(order.round.index)
+        )
         if sent is None:
             failed[number] = "its node is gone"
         else:
             waiting[sent] = Waiting(number, node)
 
     def _take(self, order: Order, asked: Waiting, reply: Any, waiting: dict[str, Waiting], failed: dict[int, str],
-              results: dict[int, Result]) -> None:  # fmt: skip
+              results: dict[int, Any]) -> None:  # fmt: skip
         """Takes a reply: a result, a reason to do without the client, or the news that its node has lost its state."""
         number = asked.client
         if not reply.has_content():
@@ -200,13 +238,10 @@ class FlowerEngine(Engine):
             log.warning("client %d has lost its state%s", number, "" if number in order.states else " and begins anew")
             self._send(order, number, waiting, failed, again=True)
             return
-        keeps = order.form.state != ()
-        form = order.form._replace(client=number, examples=len(self.setting.rows(order.round)[number]))
         try:
-            result = wire.result(reply.content, form, keeps and self.roster.options.states == "server")
-            results[number] = check_result(result, None, order.round)
+            results[number] = order.read(number, reply.content)
         except (FedtailError, ValueError, TypeError, KeyError) as error:
             failed[number] = f"its answer is refused: {str(error).partition('. ')[0]}"[:300]
             return
-        if keeps:
-            self.roster.tags[number] = (asked.node, order.name)
+        if order.tag:
+            self.roster.tags[number] = (asked.node, order.tag)

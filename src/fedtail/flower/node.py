@@ -5,21 +5,25 @@ Everything is rebuilt from the app's experiment and the node's data; only the cl
 answer, it asks for a continuation of the earlier one.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fedtail import config
-from fedtail.algorithm import Client, Context, Phase, Round
-from fedtail.engines.base import Setting, one_thread
-from fedtail.engines.loop import run_client
+from fedtail.algorithm import Algorithm, Client, Context, Phase, Round
+from fedtail.engines.base import Scores, Setting, one_thread
+from fedtail.engines.loop import LoopEngine, run_client
 from fedtail.errors import ConfigError
+from fedtail.evaluate import Judge, confusion, readings
 from fedtail.federation import check_device, make_task
 from fedtail.flower import sites, wire
 from fedtail.flower.roster import Options
+from fedtail.metrics import ShotGroups, client_scores
 from fedtail.seeds import Stream, generator
 from fedtail.trees import Tree
 
@@ -56,6 +60,8 @@ class Node:
             "protocol": wire.PROTOCOL,
             "client": self.client,
             "examples": int(counts.sum()),
+            "held": len(self.data.held[self.client]),
+            "tests": len(self.data.local_tests[self.client]),
         }
         if not (self.options.sites and self.options.share_counts):
             return facts
@@ -64,7 +70,7 @@ class Node:
                               "share-counts=true to its --node-config.")  # fmt: skip
         return {**facts, "counts": counts.tolist()}
 
-    def setting(self, stage: int, initial: Any) -> Setting:
+    def setting(self, stage: int, initial: Any, tuning: bool = False) -> Setting:
         """Returns the setting of a stage, as the simulator makes it."""
         experiment = self.experiment
         task = make_task(experiment, self.data)
@@ -73,11 +79,12 @@ class Node:
         constants = experiment.algorithm.constants(task, generator(experiment.seed, Stream.CONSTANTS))
         task = experiment.algorithm.stage_task(task, stage)
         data, judging = experiment.algorithm.stage_data(self.data, stage), experiment.evaluation
-        return Setting(experiment.algorithm, task, data, experiment.local, experiment.seed, constants,
-                       judging.local_models, judging.batch_size, judging.double_softmax)  # fmt: skip
+        found = Setting(experiment.algorithm, task, data, experiment.local, experiment.seed, constants,
+                        judging.local_models, judging.batch_size, judging.double_softmax)  # fmt: skip
+        return judging.finetune.setting(found) if tuning else found
 
-    def train(self, content: Any, memory: Any) -> dict[str, Any]:
-        """Does the client's part in a phase; returns the records of the answer.
+    def work(self, content: Any, memory: Any) -> "Work | None":
+        """Returns what the client is asked to do; None if it lacks the state that it should continue from.
 
         Args:
             content: the server's records.
@@ -88,25 +95,66 @@ class Node:
             raise ConfigError(
                 f"the message is for client {asked['client']}, this node speaks for client {self.client}."
             )
+        setting = self.setting(asked["stage"], content.get("initial"), asked["tuning"])
+        device, own = setting.task.device, type(self.experiment.algorithm).__module__
+        round, trained = wire.asked(content, setting.task.dtype, device)
+        states: dict[int, Tree] = {}
+        source, key = (memory, f"state {asked['tag']}") if asked["tag"] else (content, "state")
+        if key in source:
+            form = memory[f"form {asked['tag']}"]["form"] if asked["tag"] else asked["state_form"]
+            states[self.client] = wire.unpack(source[key], form, "state", own, device)
+        elif asked["tag"]:
+            return None
+        return Work(
+            setting, round, trained, wire.unpack(content["message"], asked["form"], "message", own, device), states
+        )
+
+    def train(self, content: Any, memory: Any) -> dict[str, Any]:
+        """Does the client's part in a phase; returns the records of the answer."""
+        asked = content["ask"]
         with one_thread():
-            setting = self.setting(asked["stage"], content.get("initial"))
-            device, own = setting.task.device, type(setting.algorithm).__module__
-            round, trained = wire.asked(content, setting.task.dtype, device)
-            states: dict[int, Tree] = {}
-            source, key = (memory, f"state {asked['tag']}") if asked["tag"] else (content, "state")
-            if key in source:
-                form = memory[f"form {asked['tag']}"]["form"] if asked["tag"] else asked["state_form"]
-                states[self.client] = wire.unpack(source[key], form, "state", own, device)
-            elif asked["tag"]:
+            work = self.work(content, memory)
+            if work is None:
                 return {"missing": wire.flwr("app").ConfigRecord({"tag": asked["tag"]})}
-            message = wire.unpack(content["message"], asked["form"], "message", own, device)
-            plan = setting.plans(round, trained, [self.client])
+            setting, round = work.setting, work.round
+            plan = setting.plans(round, work.trained, [self.client])
             here = Client(*(value[0] for value in setting.clients(plan)))
             worker = setting.task.worker("eager", self.experiment.engine.donate)
-            result = run_client(setting, worker, round, here, message, states, plan[self.client])
-        if result.state != ():
+            result = run_client(setting, worker, round, here, work.message, work.states, plan[self.client])
+        if result.state != () and not asked["tuning"]:
             _keep(memory, asked["tag"], f"{round.index}.{round.phase.name}", result.state)
         return wire.answer(result, result.state != () and asked["states"] == "server")
+
+    def evaluate(self, content: Any, memory: Any) -> dict[str, Any]:
+        """Judges the generic and the personal model on the client's own test set; returns the records of the answer."""
+        asked = content["ask"]
+        groups = ShotGroups(*(tuple(asked[name]) for name in ShotGroups._fields))
+        work = self.work(content, memory)
+        if work is None:
+            return {"missing": wire.flwr("app").ConfigRecord({"tag": asked["tag"]})}
+        setting, data = work.setting, work.setting.data
+        rows, true = data.local_tests[self.client], data.test["y"].numpy(force=True)
+        with contextlib.closing(LoopEngine(setting)) as engine:
+            judge = Judge(engine, work.round, setting.constants, work.message, work.states, self.experiment.evaluation,
+                          np.zeros(0, np.int64))  # fmt: skip
+
+            def scores(algorithm: Algorithm, personal: bool) -> Scores:
+                [labels] = judge.each(algorithm, personal, [self.client])
+                return client_scores(confusion(true[rows], labels, data.num_classes), groups)
+
+            ways = readings(setting.algorithm).values()
+            each = [{"local": scores(way, False), "personal": scores(way, way.personal)} for way in ways]
+        return wire.judged(each)
+
+
+class Work(NamedTuple):
+    """What a client is asked to do."""
+
+    setting: Setting
+    round: Round
+    trained: int
+    message: Tree
+    states: dict[int, Tree]  # its own, if it is kept
 
 
 def _keep(memory: Any, before: str, tag: str, state: Tree) -> None:
@@ -135,7 +183,11 @@ def app(folder: Path) -> Any:
     def train(message: Any, context: Any) -> Any:
         return reply(message, context, lambda node: node.train(message.content, context.state))
 
-    del hello, train
+    @application.evaluate()
+    def evaluate(message: Any, context: Any) -> Any:
+        return reply(message, context, lambda node: node.evaluate(message.content, context.state))
+
+    del hello, train, evaluate
     return application
 
 

@@ -58,7 +58,9 @@ class Facts(NamedTuple):
 
     node: int
     client: int
-    examples: int
+    examples: int  # that it trains on
+    held: int  # that it keeps out of its training, for validation
+    tests: int  # of its own test set
     counts: tuple[int, ...]  # of each class; () where the site does not share them
 
 
@@ -118,9 +120,10 @@ class Roster:
             if hello["fedtail"] != VERSION or hello["protocol"] != PROTOCOL:
                 raise ValueError(f"it has fedtail {hello['fedtail']}, the server {VERSION}")
             counts = tuple(hello.get("counts", []))
-            facts = Facts(node, hello["client"], hello["examples"], counts)
-            if not all(type(n) is int and n >= 0 for n in (facts.client, facts.examples, *counts)):
-                raise ValueError("client, examples and counts must be whole numbers >= 0")
+            numbers = [hello[name] for name in ("client", "examples", "held", "tests")]
+            facts = Facts(node, *numbers, counts=counts)
+            if not all(type(n) is int and n >= 0 for n in (*facts[1:-1], *counts)):
+                raise ValueError("client, examples, held, tests and counts must be whole numbers >= 0")
             if facts.client >= self.population:
                 raise ValueError(f"it speaks for client {facts.client}; there are {self.population}, counted from 0")
         except (KeyError, TypeError, ValueError) as error:

@@ -32,22 +32,16 @@ def refuse(experiment: Experiment, options: Options) -> None:
     """Raises ConfigError for an experiment that these options cannot deploy."""
     evaluation, algorithm = experiment.evaluation, experiment.algorithm
     name = config.name_of(algorithm)
-    if evaluation.finetune.epochs:
-        raise ConfigError(
-            "evaluation.finetune tunes on the clients' data, which a server does not have: set epochs = 0."
-        )
-    if options.states == "node" and algorithm.personal and evaluation.local:
-        raise ConfigError(f"{name} has personal models, which are judged where they are kept: set evaluation.local = false, or "
-                          'keep the states at the server (--states server).')  # fmt: skip
+    if evaluation.finetune.epochs and (options.sites or options.states == "node"):
+        raise ConfigError("evaluation.finetune is judged at the server, on models that the clients tuned: set epochs = 0, or "
+                          "rehearse with --states server.")  # fmt: skip
     if not options.sites:
         return
     if algorithm.shares_counts and not options.share_counts:
         raise ConfigError(f"{name} needs the number of examples of each class over all sites. If the sites agree to tell the "
                           "server theirs: fedtail deploy --share-counts.")  # fmt: skip
-    if evaluation.local:
-        raise ConfigError(
-            "sites with data of their own have no matched parts of the test set: set evaluation.local = false."
-        )
+    if evaluation.local_models:
+        raise ConfigError("sites do not have the global test set: set evaluation.local_models = 0.")
     if not isinstance(evaluation.groups, Explicit) and not (
         evaluation.groups.counts_of == "train" and options.share_counts
     ):
@@ -58,23 +52,26 @@ def refuse(experiment: Experiment, options: Options) -> None:
         raise ConfigError("sites with data of their own: participation.newcomers is only for a rehearsal. Set it to 0.")
 
 
-def known_sites(path: Path, options: Options, roster: Roster) -> tuple[dict[int, int], dict[int, list[int]]]:
-    """Returns the sites' numbers of examples and class counts: those of the run that continues, else what its nodes say.
+def known_sites(path: Path, options: Options, roster: Roster) -> sites.Holdings:
+    """Returns what the sites hold: by the folder of the run that continues, else by what its nodes say.
 
     Raises:
         ConfigError: a site is missing when the run begins.
     """
     if (path / "partition.npz").is_file():
         with open(path / "partition.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return dict(enumerate(np.diff(arrays["offsets"]).tolist())), dict(enumerate(arrays["counts"].tolist()))
+            sizes = np.diff(arrays["offsets"]).tolist()
+            held = np.diff(arrays["held_offsets"]).tolist() if "held_offsets" in arrays else [0] * len(sizes)
+            return sites.Holdings(sizes, held, dict(enumerate(arrays["counts"].tolist())))
     roster.gather(lambda: len(roster.nodes) == options.sites, options.wait)
     missing = [k for k in range(options.sites) if k not in roster.nodes]
     if missing:
         refused = "".join(f" Node {node} was refused: {why}" for node, why in roster.refused.items())
         raise ConfigError(f"{len(missing)} of {options.sites} sites did not come within {options.wait:g} s, the first is "
                           f"client {missing[0]}: a run begins with all of them.{refused}")  # fmt: skip
-    found = {k: roster.nodes[k] for k in range(options.sites)}
-    return {k: f.examples for k, f in found.items()}, {k: list(f.counts) for k, f in found.items() if f.counts}
+    found = [roster.nodes[k] for k in range(options.sites)]
+    counts = {facts.client: facts.counts for facts in found if facts.counts}
+    return sites.Holdings([facts.examples for facts in found], [facts.held for facts in found], counts)
 
 
 def open_run(experiment: Experiment, options: Options, roster: Roster) -> tuple[Federation, Iterator[RoundResult]]:
@@ -89,7 +86,7 @@ def open_run(experiment: Experiment, options: Options, roster: Roster) -> tuple[
     data: FederatedData | None = None
     if options.sites:
         roster.population = options.sites
-        data = sites.server_data(experiment, *known_sites(path, options, roster))
+        data = sites.server_data(experiment, known_sites(path, options, roster))
 
     def engine(engine_options: EngineOptions, setting: Setting) -> Engine:
         return FlowerEngine(engine_options, setting, roster)

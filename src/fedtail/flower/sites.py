@@ -1,27 +1,27 @@
 """Data in a deployment: what an app says of them, what a site has, and what the server knows of its sites.
 
-A site's own data are an .npz file with x and y (all rows train; of x_train, y_train where it has those), or a folder
-CLASS/NAME.png whose classes bear the experiment's names. They must be of the experiment's shape and type, and are scaled by the
-experiment's mean and deviation, not by their own.
+A site's own data are an .npz file with x_train, y_train, x_test and y_test (or x and y: then all rows train), a folder
+train/CLASS/NAME.png and test/CLASS/NAME.png (or CLASS/NAME.png), or "hf:OWNER/NAME"; classes bear the experiment's names. They
+must be of the experiment's shape and type, and are scaled by the experiment's mean and deviation, not by their own.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from fedtail import config
 from fedtail.config import Data, Experiment
-from fedtail.data import formats
+from fedtail.data import formats, hub
 from fedtail.data.catalog import load
 from fedtail.data.dataset import Dataset, Split, channels_first
 from fedtail.data.federated import FederatedData
-from fedtail.data.members import Members
+from fedtail.data.lazy import Decoder, column
 from fedtail.data.partition import validation_split
 from fedtail.errors import ConfigError, DataError
-from fedtail.federation import federate
+from fedtail.federation import federate, hold_out
 from fedtail.seeds import Stream, generator
 
 Array = np.ndarray[Any, Any]
@@ -52,45 +52,76 @@ def load_server(data: Data) -> Dataset:
     return load(data.name, data.folder or None, size=data.image_size or None)
 
 
-def read_site(path: Path, form: Form) -> Split:
-    """Reads a site's own data and holds them against the experiment's form.
+def read_site(name: str, form: Form) -> tuple[Split, Split | None]:
+    """Reads a site's own data, to train on and perhaps to test on, and holds them against the experiment's form.
+
+    Args:
+        name: an .npz file, a folder of images, or "hf:OWNER/NAME" (see data.hub).
+        form: the experiment's.
 
     Raises:
         DataError: they cannot be read, or are of another shape, type or number of classes; says which.
     """
-    split = _folder(path, form) if path.is_dir() else _file(path)
+    path = Path(name)
+    train, test = (
+        _hub(name, form) if name.startswith(hub.PREFIX) else _folder(path, form) if path.is_dir() else _file(path)
+    )
+    for split in (train, test) if test is not None else (train,):
+        _check(name, split, form)
+    return train, test
+
+
+def _check(name: str, split: Split, form: Form) -> None:
     shape, kind = tuple(split.x.shape[1:]), np.uint8 if len(form.shape) == 3 else np.float32
     if shape != form.shape or split.x.dtype != kind:
-        raise DataError(f"{path}: an example is {split.x.dtype} {list(shape)}, the experiment's are {np.dtype(kind)} "
+        raise DataError(f"{name}: an example is {split.x.dtype} {list(shape)}, the experiment's are {np.dtype(kind)} "
                         f"{list(form.shape)}. Convert the data; they are not resized here.")  # fmt: skip
     low, high = int(split.y.min()), int(split.y.max())
     if low < 0 or high >= len(form.classes):
-        raise DataError(f"{path}: labels run from {low} to {high}, the experiment has {len(form.classes)} classes: 0 "
+        raise DataError(f"{name}: labels run from {low} to {high}, the experiment has {len(form.classes)} classes: 0 "
                         f"({form.classes[0]}) to {len(form.classes) - 1} ({form.classes[-1]}). Renumber them.")  # fmt: skip
-    return split
 
 
-def _file(path: Path) -> Split:
+def _file(path: Path) -> tuple[Split, Split | None]:
     if path.suffix != ".npz" or not path.is_file():
-        raise DataError(f"{path}: there is no such .npz file or folder of images.")
+        raise DataError(
+            f'{path}: there is no such .npz file or folder of images; a data set of the Hub is "hf:OWNER/NAME".'
+        )
     names = {role: role for role in formats.NPZ_COLUMNS}
     arrays, found = formats._npz_arrays(path, names)
     part = "_train" if "x_train" in arrays else ""
     formats._check_columns(path, ["x" + part, "y" + part], found)
-    return formats._npz_split(path, arrays, names, part)
+    test = formats._npz_split(path, arrays, names, "_test") if {"x_test", "y_test"} <= arrays.keys() else None
+    return formats._npz_split(path, arrays, names, part), test
 
 
-def _folder(path: Path, form: Form) -> Split:
+def _folder(path: Path, form: Form) -> tuple[Split, Split | None]:
+    if not (path / "train").is_dir():
+        return _images(path, form), None
+    return _images(path / "train", form), _images(path / "test", form) if (path / "test").is_dir() else None
+
+
+def _images(path: Path, form: Form) -> Split:
     files = sorted(p for p in path.glob("*/*") if p.suffix.lower() in formats.IMAGE_SUFFIXES)
     if not files or len(form.shape) != 3:
         raise DataError(f"{path}: expected images as {path}/CLASS/NAME.png (or .jpg).")
-    strange = sorted({p.parent.name for p in files} - set(form.classes))
-    if strange:
-        raise DataError(f"{path / strange[0]}: the experiment has no class {strange[0]!r}; its classes are "
-                        f"{', '.join(form.classes)}. Rename or remove the folder.")  # fmt: skip
+    labels = np.array([_number(p.parent.name, path, form) for p in files], np.int64)
     _, size = formats._image_kind(files, None)
     x = np.stack([formats._decode(p, "L" if form.shape[0] == 1 else "RGB", size) for p in files])
-    return Split(channels_first(x), np.array([form.classes.index(p.parent.name) for p in files], np.int64))
+    return Split(channels_first(x), labels)
+
+
+def _hub(name: str, form: Form) -> tuple[Split, Split | None]:
+    found = hub.load(name)
+    numbers = np.array([_number(each, name, form) for each in found.class_names], np.int64)
+    return Split(found.train.array, numbers[found.train.y]), Split(found.test.array, numbers[found.test.y])
+
+
+def _number(name: str, where: object, form: Form) -> int:
+    if name not in form.classes:
+        raise DataError(f"{where}: the experiment has no class {name!r}; its classes are {', '.join(form.classes)}. Rename "
+                        "or remove it.")  # fmt: skip
+    return form.classes.index(name)
 
 
 def node_data(experiment: Experiment, form: Form, sites: int, client: int, path: str) -> FederatedData:
@@ -111,19 +142,24 @@ def node_data(experiment: Experiment, form: Form, sites: int, client: int, path:
     if not path or not 0 <= client < sites:
         raise ConfigError(f"a site names its data and its number in [0, {sites - 1}]: --node-config "
                           f"'client={client} data=\"/path/to/file.npz\"'")  # fmt: skip
-    split = read_site(Path(path), form)
+    train, test = read_site(path, form)
     none = np.zeros(0, np.int64)
-    owners = [np.arange(len(split)) if k == client else none for k in range(sites)]
-    columns = {
-        "x": torch.from_numpy(split.array).to(experiment.device),
-        "y": torch.from_numpy(split.y).to(experiment.device),
-    }
-    return FederatedData(columns, owners, columns, [none] * sites, len(form.classes), form.mean, form.std,
-                         experiment.data.augmentation)  # fmt: skip
+    owners: Sequence[Array] = [np.arange(len(train)) if k == client else none for k in range(sites)]
+    owners, held = hold_out(owners, experiment.data.client_validation, experiment.seed)
+    tests = [np.arange(len(test)) if test is not None and k == client else none for k in range(sites)]
+    scale = (form.mean, form.std) if experiment.data.normalise else ((), ())
+    return FederatedData(_columns(train, experiment.device), owners, _columns(test or train, experiment.device), tests,
+                         len(form.classes), *scale, experiment.data.augmentation, held=held)  # fmt: skip
+
+
+def _columns(split: Split, device: str) -> dict[str, torch.Tensor]:
+    return {"x": torch.from_numpy(split.array).to(device), "y": torch.from_numpy(split.y).to(device)}
 
 
 class SiteData(FederatedData):
     """What the server knows: its own examples, and of each site the number of examples and perhaps of each class."""
+
+    local_tests_are: ClassVar[str] = "own test set"
 
     def counts_of(self, clients: Sequence[int]) -> Array:
         """Returns the class counts of some sites; zeros where they are not shared."""
@@ -139,35 +175,37 @@ class SiteData(FederatedData):
         return shared, np.zeros_like(shared)
 
 
-def server_data(
-    experiment: Experiment, examples: Mapping[int, int], counts: Mapping[int, Sequence[int]]
-) -> FederatedData:
-    """Returns the server's data in a deployment on sites: the experiment's test split, and its validation and server splits.
+class Holdings(NamedTuple):
+    """What each site holds, by its number."""
 
-    Args:
-        experiment: whose data set the server holds.
-        examples: number of examples of each site.
-        counts: their class counts; empty where they are not shared.
-    """
+    examples: Sequence[int]  # that it trains on
+    held: Sequence[int]  # that it keeps out of its training, for validation
+    counts: Mapping[int, Sequence[int]] = {}  # of the former by class, where they are shared
+
+
+def server_data(experiment: Experiment, holdings: Holdings) -> FederatedData:
+    """Returns the server's data in a deployment on sites: the experiment's test split, and its validation and server splits."""
     options, seed = experiment.data, experiment.seed
     dataset = load_server(options)
-    pool, labels, held = np.arange(len(dataset.train)), dataset.train.y, list[Array]()
+    pool, labels, kept = np.arange(len(dataset.train)), dataset.train.y, list[Array]()
     for stream, per_class in ((Stream.VALIDATION, options.validation), (Stream.SERVER_DATA, options.server)):
         keep, out = validation_split(labels[pool], dataset.num_classes, per_class, generator(seed, stream))
-        held.append(pool[out])
+        kept.append(pool[out])
         pool = pool[keep]
-    rows = np.concatenate(held)
-    shared = np.array([counts.get(k, [0] * dataset.num_classes) for k in sorted(examples)], np.int64)
-    sizes = [examples[k] for k in sorted(examples)]
-    ends = np.cumsum([len(rows), *sizes])  # indices of examples that the server does not have
-    x, y = (torch.from_numpy(np.asarray(v)).to(experiment.device) for v in (dataset.train.array[rows], labels[rows]))
-    test = {"x": torch.from_numpy(dataset.test.array).to(experiment.device),
-            "y": torch.from_numpy(dataset.test.y).to(experiment.device)}  # fmt: skip
-    none = np.zeros(0, np.int64)
+    rows = np.concatenate(kept)
+    each = [holdings.counts.get(k, [0] * dataset.num_classes) for k in range(len(holdings.examples))]
+    # indices of examples that the server does not have: of each site those that it trains on, then those that it holds out
+    ends = len(rows) + np.cumsum([0, *(n for pair in zip(holdings.examples, holdings.held, strict=True) for n in pair)])
+    owners, held = ([np.arange(a, b) for a, b in zip(ends[i:-1:2], ends[i + 1 :: 2], strict=True)] for i in (0, 1))
+    decoder, device = Decoder(options.cache_mib << 20, options.decode_threads), experiment.device
+    own, test = (
+        {"x": column(split.x[chosen], decoder, device), "y": torch.from_numpy(split.y[chosen]).to(device)}
+        for split, chosen in ((dataset.train, rows), (dataset.test, np.arange(len(dataset.test))))
+    )
     return SiteData(
-        {"x": x, "y": y, "counts": torch.from_numpy(shared)}, Members(np.arange(ends[0], ends[-1]), ends - ends[0]), test,
-        [none] * len(sizes), dataset.num_classes, dataset.mean, dataset.std, options.augmentation,
-        np.arange(len(held[0])), np.arange(len(held[0]), len(rows)), (f"{len(sizes)} sites with data of their own",),
+        {**own, "counts": torch.tensor(each, dtype=torch.int64)}, owners, test, [np.zeros(0, np.int64)] * len(owners),
+        dataset.num_classes, *((dataset.mean, dataset.std) if options.normalise else ((), ())), options.augmentation,
+        np.arange(len(kept[0])), np.arange(len(kept[0]), len(rows)), (f"{len(owners)} sites with data of their own",), held,
     )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ the message: it holds names of NamedTuples that the node's own experiment has al
 import importlib
 import io
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -22,13 +23,17 @@ from fedtail import config, trees
 from fedtail.algorithm import Phase, Round
 from fedtail.checkpoint import describe, rebuild
 from fedtail.config import Experiment
-from fedtail.engines.base import Result
+from fedtail.engines.base import Result, Scores
 from fedtail.errors import ConfigError, TrainingError
+from fedtail.metrics import ShotGroups
 from fedtail.trees import Tree
 
 PROTOCOL = 1
 """Changes when a node and a server of different fedtail versions would not understand each other."""
 VERSION = version("fedtail")
+SCORES = ("accuracy", "macro_f1", *ShotGroups._fields)
+"""What a node says of a model, see `metrics.client_scores`."""
+NO_SCORES: Mapping[str, Scores] = {"local": dict.fromkeys(SCORES), "personal": dict.fromkeys(SCORES)}
 OWN = re.compile(r"fedtail_user_[0-9a-f]{12}")  # see userfile.user_module: the path differs between machines
 
 
@@ -135,7 +140,7 @@ def _named(key: str, array: Any, like: Tensor) -> Tensor:
 # Messages --------------------------------------------------------------------------------------------------------------
 
 
-def ask(round: Round, trained: int, message: Tree, states: str) -> dict[str, Any]:
+def ask(round: Round, trained: int, message: Tree, states: str, tuning: bool = False) -> dict[str, Any]:
     """Returns the records that ask a client for its part in a phase.
 
     Args:
@@ -143,12 +148,14 @@ def ask(round: Round, trained: int, message: Tree, states: str) -> dict[str, Any
         trained: number of earlier training phases in this round.
         message: the broadcast.
         states: "server" if clients shall send their new states along.
+        tuning: whether the phase is that of `evaluation.finetune`.
     """
     app = flwr("app")
     facts = {"index": round.index, "cohort": round.cohort, "population": round.population, "rounds": round.rounds,
              "lr_scale": float(round.lr_scale), "stage": round.stage, "holders": round.holders, "trained": trained,
              "phase": round.phase.name, "phase_cohort": round.phase.cohort, "reduce": round.phase.reduce,
-             "local": round.phase.local, "split": round.phase.split, "states": states, "protocol": PROTOCOL}  # fmt: skip
+             "local": round.phase.local, "split": round.phase.split, "states": states, "tuning": tuning,
+             "protocol": PROTOCOL}  # fmt: skip
     records = {"ask": app.ConfigRecord({**facts, "form": structure(message)}), "message": pack(message, "message")}
     if round.counts is not None:
         records["counts"] = pack(round.counts, "counts")
@@ -213,3 +220,30 @@ def result(content: Mapping[str, Any], form: Result, state: bool) -> Result:
         raise TrainingError("what it says of its own model is not finite")
     update = take(content["update"], form.update, "update")
     return Result(form.client, update, numbers["weight"], kept, metrics, form.examples, judged)
+
+
+def judged(ways: Sequence[Mapping[str, Scores]]) -> dict[str, Any]:
+    """Returns a client's scores for each way to predict as records; None travels as NaN."""
+    table = [
+        [[math.nan if s[name] is None else s[name] for name in SCORES] for s in (w["local"], w["personal"])]
+        for w in ways
+    ]
+    return {"scores": pack(torch.tensor(table, dtype=torch.float64), "scores")}
+
+
+def scores(content: Mapping[str, Any], ways: int) -> list[dict[str, Scores]]:
+    """Returns the scores in a reply to "evaluate", for each way to predict.
+
+    Raises:
+        ValueError: they are not of this form, or a score is no share.
+    """
+    if set(content.keys()) != {"scores"}:
+        raise ValueError(f"the records are {', '.join(sorted(content.keys()))} instead of scores")
+    table = cast("Tensor", take(content["scores"], torch.zeros(ways, 2, len(SCORES), dtype=torch.float64), "scores"))
+    if bool(((table < 0) | (table > 1)).any()):
+        raise ValueError("scores: one is not in [0, 1]")
+    rows = [
+        [{n: None if math.isnan(v) else v for n, v in zip(SCORES, s, strict=True)} for s in way]
+        for way in table.tolist()
+    ]
+    return [{"local": local, "personal": personal} for local, personal in rows]
