@@ -48,7 +48,8 @@ LAYERS = [
     {"flower", "flower.tls", "flower.wire", "flower.roster", "flower.engine", "flower.sites", "flower.node", "flower.server",
      "flower.deploy"},
     {"catalogue", "course", "export", "methods", "report", "drawing", "overview", "plots", "asymmetry", "html", "inspection",
-     "terminal", "demo", "tracking", "sweep", "tables", "workers", "checks", "checks.agree", "checks.copes", "checks.problems",
+     "terminal", "demo", "tracking", "sweep", "tables", "watch",
+     "workers", "checks", "checks.agree", "checks.copes", "checks.problems",
      "checks.pure", "checks.returns", "checks.rule", "checks.source"},
     {"cli", "options", "verbs", "__main__"},
 ]  # fmt: skip

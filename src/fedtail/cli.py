@@ -15,7 +15,7 @@ import tyro
 
 from fedtail.errors import ConfigError, FedtailError, did_you_mean
 from fedtail.options import InspectOptions, RunOptions, SweepOptions
-from fedtail.verbs import deploy, node_check
+from fedtail.verbs import deploy, node_check, watch
 
 if TYPE_CHECKING:
     from fedtail.config import Experiment
@@ -31,6 +31,7 @@ usage: fedtail VERB ... (fedtail VERB --help tells more)
   resume RUN           continue a run that was stopped, bit for bit
   evaluate RUN         scores of a run's checkpoint on a split
   export RUN           the network as ONNX and safetensors, with size, operations, latency and a model card
+  watch RUN            a page that shows the run while it goes on, in the browser
   compare RUN...       one table over seeds; refuses runs that differ in more than the method
   plot KIND RUN...     pictures: partition, classes, groups, curves, prior, balance, clients, asymmetry, tradeoff
   report RUN...        one self-contained HTML page
@@ -335,7 +336,7 @@ def typed(verb: str, options: type, name: str, value: Any, arguments: list[str],
 TYPED: dict[str, Callable[..., None]] = {
     "resume": resume, "evaluate": evaluate, "export": export, "compare": compare, "plot": plot, "report": report, "show": show,
     "list": list_, "demo": demo, "data get": data_get, "data add": data_add,
-    "node check": node_check,
+    "node check": node_check, "watch": watch,
 }  # fmt: skip
 FREE: dict[str, Callable[[list[str]], None]] = {"run": run, "inspect": inspect, "check": check, "deploy": deploy}
 

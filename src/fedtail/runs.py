@@ -8,6 +8,7 @@ metrics.jsonl             one record a round; the same seed gives the same bytes
 timings.jsonl             seconds a round; not reproducible, therefore apart
 checkpoint.safetensors    the latest state; best.safetensors: by validation score
 initial.safetensors       the model that a run with `start` began with, so that it needs that other run no more
+nodes.json                which nodes are there, where the clients are real ones (`fedtail deploy`)
 .lock                     held by the process that runs it
 """
 
@@ -35,6 +36,7 @@ from fedtail.data.federated import FederatedData
 from fedtail.data.members import Members
 from fedtail.errors import CheckpointError
 from fedtail.files import append, write_atomic, write_error
+from fedtail.metrics import GroupRule, ShotGroups
 from fedtail.trees import Tree
 
 COMPRESSED = 32 << 20  # bytes of partition arrays up to which compressing them takes less than seconds
@@ -211,6 +213,12 @@ class RunRecord:
                 f"{self.folder} has no evaluated round yet. Continue it with `fedtail resume {self.folder}`."
             )
         return evaluated[-1]
+
+    @property
+    def groups(self) -> ShotGroups:
+        """Head, medium and tail, by the rule of the run's configuration."""
+        rule: GroupRule = config.from_dict(GroupRule, self.config["evaluation"]["groups"], "evaluation.groups")
+        return rule.split((self.test_counts if rule.counts_of == "local_test" else self.counts).sum(0))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -26,3 +26,17 @@ def node_check(app: Positional[Path], client: int, data: str = "") -> None:
     from fedtail.flower import node
 
     print(node.check(app, client, data))
+
+
+def watch(run: Positional[Path], port: int = 8765) -> None:
+    """Show a run in the browser while it goes on, or afterwards; only this machine can open the page. Ctrl-C ends it.
+
+    Args:
+        run: the run folder, of a simulation or of a deployment.
+        port: of the page; 0: any that is free.
+    """
+    from fedtail import watch as module
+
+    with module.serve(run, port) as server:
+        print(f"http://{module.HOST}:{server.server_port}/", flush=True)
+        server.serve_forever()

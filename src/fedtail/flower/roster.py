@@ -1,13 +1,16 @@
 """Who is there: which node of Flower's speaks for which client, and the exchange of messages with them under a deadline."""
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedtail.config import from_dict
 from fedtail.errors import ConfigError
+from fedtail.files import write_atomic
 from fedtail.flower.wire import PROTOCOL, VERSION, flwr
 
 log = logging.getLogger("fedtail")
@@ -76,7 +79,10 @@ class Roster:
     tags: dict[int, tuple[int, str]] = field(default_factory=dict[int, tuple[int, str]])
     """Node and tag of the state that the server has taken over last, by client."""
     refused: dict[int, str] = field(default_factory=dict[int, str])  # nodes that may not take part, and why
+    folder: Path | None = None
+    """Where nodes.json tells who is there, for `fedtail watch`."""
     _asked: dict[str, int] = field(default_factory=dict[str, int])  # messages that ask a node who it is
+    _told: str = ""
 
     def tag(self, client: int) -> str:
         """Returns the tag of the state that a client's present node should have; "": none."""
@@ -109,6 +115,18 @@ class Roster:
         for number, reply in self.pull(self._asked).items():
             self._meet(self._asked.pop(number), reply)
         self._asked = {number: node for number, node in self._asked.items() if node in online}
+        self._tell()
+
+    def _tell(self) -> None:
+        """Keeps nodes.json as things are; node numbers are text, too long for a browser's numbers."""
+        if self.folder is None:
+            return
+        there = [{"client": k, "examples": f.examples, "node": str(f.node)} for k, f in sorted(self.nodes.items())]
+        refused = [{"node": str(node), "why": why} for node, why in sorted(self.refused.items())]
+        text = json.dumps({"expected": self.population, "nodes": there, "refused": refused}, indent=1)
+        if text != self._told:
+            write_atomic(self.folder / "nodes.json", text)
+            self._told = text
 
     def _meet(self, node: int, reply: Any) -> None:
         if reply.has_error():

@@ -102,7 +102,7 @@ def open_run(experiment: Experiment, options: Options, roster: Roster) -> tuple[
                                   "'run=\"runs/another\"'")  # fmt: skip
         federation = reopen(path, data=data, engine=engine)
         rounds = rounds_of(federation, path)
-    roster.population = federation.data.clients
+    roster.population, roster.folder = federation.data.clients, path
     roster.initial = federation.task.initial if experiment.start else None
     return federation, rounds
 
