@@ -1,6 +1,7 @@
 """A federation of real processes on loopback, for the tests of deployments."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -41,6 +42,22 @@ def descendants(pid):
     return found
 
 
+def clean_environment():
+    """What every process needs: this fedtail and this Flower, and nothing of Flower's own settings."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("FLWR_")}
+    source = str(Path(runs.__file__).parents[1])
+    return {**kept, "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+
+
+def figures(fault, **numbers):
+    """Keeps what a fault test has measured, for benchmarks/deployment/faults.py."""
+    if where := os.environ.get("FEDTAIL_FIGURES"):
+        path = Path(where)
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps({**known, fault: numbers}, indent=1) + "\n")
+
+
 class Processes:
     """A SuperLink and SuperNodes around one app; everything that it starts ends with it."""
 
@@ -57,11 +74,9 @@ class Processes:
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "fedtail"\n[superlink.fedtail]\naddress = "{self.address}"\n{trust}\n'
         )
-        source = str(Path(runs.__file__).parents[1])
-        self.env = {**os.environ, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
-                    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "OMP_NUM_THREADS": "1",
-                    "PATH": f"{BIN}:{os.environ['PATH']}",
-                    "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+        self.env = {**clean_environment(), "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0",
+                    "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+                    "OMP_NUM_THREADS": "1"}  # fmt: skip
         self.started = {}
 
     def __enter__(self):
@@ -133,6 +148,10 @@ class Processes:
 
     def rounds(self):
         return runs.rounds_done(self.run_folder) if (self.run_folder / "config.toml").is_file() else 0
+
+    def seconds(self):
+        """What each round took, by its own clock."""
+        return [json.loads(line)["seconds"] for line in (self.run_folder / "timings.jsonl").read_text().splitlines()]
 
     def wait_rounds(self, number, seconds=PATIENCE):
         def watched():

@@ -1,6 +1,7 @@
 """Deployments under faults, each a real one: killed processes, nodes that hang, lie or are strangers."""
 
 import json
+import statistics
 import textwrap
 import time
 
@@ -8,7 +9,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
-from flower_processes import Processes, wait_for
+from flower_processes import Processes, figures, wait_for
 from test_flower import experiment, simulated
 
 from fedtail import config, trees
@@ -79,27 +80,29 @@ def test_a_killed_serverapp_and_a_killed_superlink_lose_nothing(tmp_path):
     path = experiment(tmp_path, "scaffold")
     path.write_text(path.read_text().replace("rounds = 3", "rounds = 5"))
     _, metrics = simulated(path, tmp_path / "simulated")
-    took = {}
     with Processes(tmp_path, path) as federation:
         federation.superlink()
         for client in range(3):
             federation.supernode(client)
         federation.run()
         federation.wait_rounds(1)
-        [server] = federation.children("superlink", "flwr-serverapp")
-        federation.end(server)
-        begun = time.monotonic()
-        federation.run()
-        federation.wait_rounds(2)
-        took["ServerApp"] = time.monotonic() - begun
-        federation.kill("superlink")
-        begun = time.monotonic()
-        federation.superlink()
-        federation.run()
-        federation.wait_rounds(federation.rounds() + 1)
-        took["SuperLink"] = time.monotonic() - begun
+        for what in ("ServerApp", "SuperLink"):
+            before = federation.rounds()
+            if what == "ServerApp":
+                [server] = federation.children("superlink", "flwr-serverapp")
+                federation.end(server)
+            else:
+                federation.kill("superlink")
+            done, begun = federation.rounds(), time.monotonic()
+            if what == "SuperLink":
+                federation.superlink()
+            federation.run()
+            federation.wait_rounds(done + 1)
+            took = time.monotonic() - begun
+            assert done >= before
+            figures(f"{what} killed in a round", seconds_to_recover=took, round_seconds=statistics.median(federation.seconds()),
+                    finished_rounds_lost=before - min(before, done), rounds_repeated=1, same_as_undisturbed=True)  # fmt: skip
         federation.wait_rounds(5)
-    print("seconds from the restart to the end of the round that was cut off:", took)
     same_as(federation, expected(path, [[]] * 5))
     assert (federation.run_folder / "metrics.jsonl").read_text() == metrics
 
@@ -119,13 +122,19 @@ def test_a_node_killed_in_a_round_drops_out_and_comes_back(tmp_path):
         federation.wait_rounds(2)
         took = time.monotonic() - begun
         federation.supernode(2)
+        begun = time.monotonic()
+        wait_for("client 2's work on its new node", lambda: federation.children("node2", "flwr-clientapp"))
+        back = time.monotonic() - begun
         federation.wait_rounds(6)
-    print("seconds until the round was complete without the killed node:", took)
     dropped = [[int(k) for k in r["train"].get("dropped", {})] for r in records(federation)]
     assert dropped[0] == []
     assert dropped[1] == [2]
     assert dropped[5] == [], "the node came back"
     same_as(federation, expected(path, dropped))
+    calm = [s for s, lost in zip(federation.seconds(), dropped, strict=True) if not lost]
+    figures("node killed in a round", seconds_to_recover=took, round_seconds=statistics.median(calm),
+            finished_rounds_lost=0, rounds_repeated=0, rounds_without_it=sum(map(bool, dropped)),
+            seconds_until_it_works_again=back, same_as_without_it=True)  # fmt: skip
 
 
 def test_nodes_that_hang_or_lie_drop_out(tmp_path):
@@ -148,6 +157,8 @@ def test_nodes_that_hang_or_lie_drop_out(tmp_path):
     assert reasons["3"] == "no answer within the deadline"
     assert record["train"]["clients"] == 1
     same_as(federation, expected(path, [[1, 2, 3]]))
+    figures("one node hangs, one sends NaN, one a cut array", seconds_to_recover=federation.seconds()[0], deadline=150,
+            finished_rounds_lost=0, rounds_repeated=0, rounds_without_it=1, same_as_without_it=True)  # fmt: skip
 
 
 def test_tls_and_a_node_that_is_not_registered(tmp_path):
@@ -166,3 +177,6 @@ def test_tls_and_a_node_that_is_not_registered(tmp_path):
     [record] = records(federation)
     assert record["train"]["dropped"] == {"2": "no node speaks for it"}
     same_as(federation, expected(path, [[2]]))
+    figures(
+        "node with an unknown key", refused=True, finished_rounds_lost=0, rounds_repeated=0, same_as_without_it=True
+    )
