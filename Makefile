@@ -63,7 +63,7 @@ slow: $(VENV)/.dev
 # A real federation of processes on loopback; some minutes. A torch that $(PYTHON) already has is used as it is.
 flower:
 	$(PYTHON) -m venv --system-site-packages .venv-flower
-	.venv-flower/bin/pip install --quiet --disable-pip-version-check -c constraints-flower.txt -e '.[flower]' pytest hypothesis
+	.venv-flower/bin/pip install --quiet --disable-pip-version-check -c constraints-flower.txt -e '.[flower,privacy]' pytest hypothesis
 	.venv-flower/bin/python -m pytest tests/test_flower.py tests/test_flower_engine.py tests/test_flower_faults.py --durations=5
 
 # The wheel is what users install: build it, and run it from a folder of its own.

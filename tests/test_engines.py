@@ -538,8 +538,8 @@ def test_a_client_that_drops_out_leaves_the_mean_of_the_others(when):
         do()
     assert sink.mean()["w"].tolist() == [3.0, 3.0]
     assert (sink.total, sink.examples, [answer.client for answer in sink.answers]) == (4.0, 2, [2, 9])
-    assert sink.lost() == {"dropped": {"5": "gone"}}
-    assert Sink([0]).lost() == {}
+    assert sink.facts() == {"dropped": {"5": "gone"}}
+    assert Sink([0]).facts() == {}
 
 
 def test_the_mean_by_hand():

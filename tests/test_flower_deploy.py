@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -45,7 +47,8 @@ def test_an_app_is_complete_and_loads(tmp_path, capsys):
     assert "3 clients" in capsys.readouterr().out
     project = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert project["config"] == {"run": "runs/app", "quorum": 0.7, "deadline": 3600.0, "attempts": 3, "wait": 600.0,
-                                 "states": "server", "sites": 3, "share-counts": False}  # fmt: skip
+                                 "states": "server", "sites": 3, "share-counts": False,
+                                 "clip": 0.0, "noise": 0.0, "delta": 1e-5}  # fmt: skip
     assert Options.of(project["config"]) == Options(run="runs/app", quorum=0.7, sites=3)
     assert project["components"] == {
         "serverapp": "fedtail_app.server_app:app",
@@ -67,6 +70,19 @@ def test_an_app_is_complete_and_loads(tmp_path, capsys):
     compile((app / "fedtail_app" / "client_app.py").read_text(), "client_app.py", "exec")
     with pytest.raises(ConfigError, match="exists already"):
         deploy(tmp_path)
+
+
+def test_the_readme_packs_what_each_site_gets(tmp_path, capsys):
+    pytest.importorskip("cryptography")
+    app = deploy(tmp_path, "--sites", "2", "--tls")
+    [pack] = re.findall(
+        r"```bash\n(for K in \$\(seq 0 1\); do S=.*?)```", (app / "README.md").read_text(), flags=re.DOTALL
+    )
+    subprocess.run(["bash", "-ec", pack], cwd=app, check=True)
+    for k in (0, 1):
+        assert sorted(p.name for p in (app / "sites" / str(k) / "keys").iterdir()) == ["ca.crt", f"client-{k}"]
+    check(app / "sites" / "1", npz(tmp_path / "site.npz"), client=1)
+    assert "client 1: 40 examples fit" in capsys.readouterr().out
 
 
 def test_a_folder_must_be_named():

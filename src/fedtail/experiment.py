@@ -151,7 +151,7 @@ class Federation:
             trained += phase.local
             name = "train" if phase.name == "train" else phase.name
             record[name] = {"clients": len(sink.answers), "examples": sink.examples,
-                            **trees.plain(sink.metrics()), **sink.lost()}  # fmt: skip
+                            **trees.plain(sink.metrics()), **sink.facts()}  # fmt: skip
             if sink.judged != ():
                 record["local_models"] = local_models.scores(sink.judged, self.data.test["y"].numpy(force=True))
         self.transferred = {f"cumulative_{k}": self.transferred[f"cumulative_{k}"] + v for k, v in self.traffic.items()}

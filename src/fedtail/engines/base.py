@@ -78,6 +78,7 @@ class Sink:
         self._metrics: dict[str, Tensor] = {}
         self.examples = 0
         self.dropped: dict[int, str] = {}  # clients whose result never came, and why
+        self.notes: dict[str, Any] = {}  # what else the record of the round says
         self.judged: Tree = ()
 
     @property
@@ -137,9 +138,10 @@ class Sink:
             self._sum = trees.tree_map(lambda u: _wide(u) * weight, self._first.update)
         return self._sum
 
-    def lost(self) -> dict[str, Any]:
-        """Returns who dropped out and why, for the record of the round; nothing where all answered."""
-        return {"dropped": {str(client): why for client, why in sorted(self.dropped.items())}} if self.dropped else {}
+    def facts(self) -> dict[str, Any]:
+        """Returns what the record says beside the metrics: who dropped out and why, and the engine's notes."""
+        dropped = {str(client): why for client, why in sorted(self.dropped.items())}
+        return {**({"dropped": dropped} if dropped else {}), **self.notes}
 
     def sums(self) -> Tree:
         """Returns everything that is a sum over clients, as a tree of tensors: what several sinks may add up."""

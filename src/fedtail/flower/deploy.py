@@ -19,7 +19,7 @@ from fedtail.flower.roster import Options
 from fedtail.userfile import split_target
 
 APP = "fedtail_app"
-IGNORED = "keys/\nruns/\nflwr-home/\n*.db*\n"
+IGNORED = "keys/\nsites/\nruns/\nflwr-home/\n*.db*\n"
 """Flower leaves out of an app what its .gitignore names."""
 
 
@@ -141,7 +141,13 @@ Register the public key of each site, once:
 for K in $(seq 0 {clients - 1}); do flwr supernode register {keys}/client-$K.pub fedtail; done
 ```
 """ if options.tls else ""  # fmt: skip
-    give = f"Give site K, over a safe way, `{keys}/ca.crt` and its own `{keys}/client-K`. " if options.tls else ""
+    secret = f" && mkdir -p $S/{keys} && cp {keys}/ca.crt {keys}/client-$K $S/{keys}" if options.tls else ""
+    give = f"""Give each site, over a safe way, its folder of these (with this app{" and its own key" if secret else ""}):
+
+```bash
+for K in $(seq 0 {clients - 1}); do S=sites/$K; mkdir -p $S && cp -r {APP} pyproject.toml README.md $S{secret}; done
+```
+"""
     return TEXT.format(
         method=config.name_of(experiment.algorithm), rounds=experiment.rounds, clients=clients, version=wire.VERSION,
         environment=ENVIRONMENT, bind=bind, port=port, link=link, join=join, trust=trust, address=options.address,
@@ -182,8 +188,9 @@ END
 {register}
 ## Each site
 
-{give}The numbers of the clients are 0 to {last}. First see whether the data fit, then join (here client 0; nodes on one machine
-need ports of their own, `--port 9095` and so on):
+{give}
+The numbers of the clients are 0 to {last}. In that folder first see whether the data fit, then join (here client 0; nodes on one
+machine need ports of their own, `--port 9095` and so on):
 
 ```bash
 fedtail node check . --client 0{check}

@@ -22,7 +22,7 @@ from fedtail.engines.base import Engine, Result, Scores, Setting, Sink, check_re
 from fedtail.engines.loop import run_client
 from fedtail.errors import FedtailError, TrainingError
 from fedtail.evaluate import readings
-from fedtail.flower import wire
+from fedtail.flower import privacy, wire
 from fedtail.flower.roster import LOOK, POLL, Roster
 from fedtail.metrics import ShotGroups
 from fedtail.personalise import Tuning
@@ -103,6 +103,16 @@ class FlowerEngine(Engine):
         for number, why in failed.items():
             log.warning("round %d: client %d dropped out: %s", round.index, number, why)
             sink.drop(number, why)
+        options = self.roster.options
+        if options.clip and not isinstance(self.setting.algorithm, Tuning):
+            sums = privacy.count(self.roster.folder)
+            results = privacy.privatise(results, len(plans), options.clip, options.noise)
+            budget = privacy.epsilon(options.noise, sums, options.delta)
+            sink.notes["privacy"] = {
+                "epsilon": budget if math.isfinite(budget) else None,
+                "delta": options.delta,
+                "sums": sums,
+            }
         for result in results.values():
             sink.add(result)
 

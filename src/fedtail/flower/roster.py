@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,12 @@ class Options:
     """Number of sites with data of their own; 0: a rehearsal on the experiment's partition."""
     share_counts: bool = False
     """Whether sites tell the server how many examples of each class they hold."""
+    clip: float = 0.0
+    """Client-level differential privacy (see flower.privacy): largest norm of an update, >= 0; 0: none of it."""
+    noise: float = 0.0
+    """Standard deviation of the noise on the sum of the clipped updates, over `clip`, >= 0."""
+    delta: float = 1e-5
+    """Probability that the privacy budget of the metrics does not cover, in (0, 1); below 1 / number of clients."""
 
     def __post_init__(self) -> None:
         if not (
@@ -46,6 +53,14 @@ class Options:
         ):
             raise ConfigError("deploy: quorum must be in (0, 1], deadline > 0, attempts >= 1, wait and sites >= 0; got "
                               f"{self.quorum}, {self.deadline}, {self.attempts}, {self.wait} and {self.sites}.")  # fmt: skip
+        if not (
+            0 <= self.clip < math.inf
+            and 0 <= self.noise < math.inf
+            and 0 < self.delta < 1
+            and (self.clip or not self.noise)
+        ):
+            raise ConfigError("deploy: clip and noise must be >= 0, delta in (0, 1), and noise needs a clip; got "
+                              f"{self.clip}, {self.noise} and {self.delta}.")  # fmt: skip
         if self.states not in ("server", "node"):
             raise ConfigError(f'deploy: states must be "server" or "node", got {self.states!r}.')
 

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from fedtail import config
+from fedtail.algorithm import Algorithm
 from fedtail.config import Experiment
 from fedtail.data.federated import FederatedData
 from fedtail.engines import EngineOptions
 from fedtail.engines.base import Engine, Setting
 from fedtail.errors import CheckpointError, ConfigError
 from fedtail.experiment import Federation, RoundResult, reopen, rounds_of, start
-from fedtail.flower import sites, wire
+from fedtail.flower import privacy, sites, wire
 from fedtail.flower.engine import FlowerEngine
 from fedtail.flower.roster import Options, Roster
 from fedtail.metrics import Explicit
@@ -35,6 +36,20 @@ def refuse(experiment: Experiment, options: Options) -> None:
     if evaluation.finetune.epochs and (options.sites or options.states == "node"):
         raise ConfigError("evaluation.finetune is judged at the server, on models that the clients tuned: set epochs = 0, or "
                           "rehearse with --states server.")  # fmt: skip
+    if options.clip:
+        privacy.accountant()
+        if any(
+            p.reduce == "collect"
+            for index in range(experiment.rounds)
+            for p in algorithm.phases(index, experiment.rounds)
+        ):
+            raise ConfigError(f"{name} collects single updates, which no noise on their sum covers: set clip = 0.")
+        if type(algorithm).advance is not Algorithm.advance:
+            raise ConfigError(
+                f"{name} decides between rounds by metrics, which the noise does not cover: set clip = 0."
+            )
+        if options.share_counts or algorithm.shares_counts:
+            raise ConfigError("shared class counts are not covered by clip and noise: use a method that needs none.")
     if not options.sites:
         return
     if algorithm.shares_counts and not options.share_counts:
