@@ -189,8 +189,8 @@ END
 ## Each site
 
 {give}
-The numbers of the clients are 0 to {last}. In that folder first see whether the data fit, then join (here client 0; nodes on one
-machine need ports of their own, `--port 9095` and so on):
+The numbers of the clients are 0 to {last}. In that folder first see whether the data fit, then join (here client 0; nodes on
+one machine need ports of their own, `--port 9095` and so on):
 
 ```bash
 fedtail node check . --client 0{check}
