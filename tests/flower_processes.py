@@ -13,7 +13,7 @@ from pathlib import Path
 from fedtail import cli, runs
 
 BIN = Path(sys.executable).parent
-PATIENCE = 400.0  # seconds; a busy machine needs many times what an idle one does
+PATIENCE = 1200.0  # seconds; a busy machine needs many times what an idle one does
 
 
 def free_port():

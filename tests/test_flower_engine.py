@@ -1,6 +1,7 @@
 """The engine whose clients are nodes, on a grid without processes: the loop engine's bits, and what it does with bad nodes."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -12,7 +13,7 @@ import torch
 from flower_grid import Client, Grid, deployed
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedtail import trees
+from fedtail import cli, trees
 from fedtail.errors import CheckpointError, ConfigError, TrainingError
 from fedtail.experiment import Federation, resume
 from fedtail.flower import engine as flower_engine
@@ -368,7 +369,6 @@ def test_options_come_from_flat_keys():
 
 def sites_app(folder, method):
     """An app on two sites with data of their own, one with test data, and all these data as one federation."""
-    from fedtail import cli
     from fedtail.data.catalog import load
     from fedtail.data.federated import FederatedData
     from fedtail.federation import hold_out
@@ -402,7 +402,7 @@ def site(app, options, folder, client):
 
 
 @pytest.mark.parametrize("method", ["fedgrab", "fedloge", "lightweight"])
-def test_sites_train_as_one_federation_and_continue_after_a_stop(tmp_path, method):
+def test_sites_train_as_one_federation_and_continue_after_a_stop(tmp_path, method, capsys):
     app, whole = sites_app(tmp_path, method)
     experiment = wire.load_experiment(app)
     wanted = Federation(experiment, whole)
@@ -429,9 +429,16 @@ def test_sites_train_as_one_federation_and_continue_after_a_stop(tmp_path, metho
     assert found == kept
     assert found[-1]["local"]["clients"] == 1
     with pytest.raises(
-        CheckpointError, match=r"began with 2 clients of .* Continue a deployment on sites with `flwr run`"
+        CheckpointError, match=r"clients of other sizes .* Continue a deployment on sites with `flwr run`"
     ):
         next(resume(tmp_path / "run"))  # the simulator would train on other data
+    with pytest.raises(ConfigError, match="are not here: its clients had data of their own"):
+        cli.dispatch(["evaluate", str(tmp_path / "run"), "--split", "train"])
+    capsys.readouterr()
+    cli.dispatch(["evaluate", str(tmp_path / "run"), "--json"])
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["test"] == found[-1]["test"]
+    assert scores.keys() <= {"test", "readings"}, "no scores on data that are not the sites'"
 
 
 def test_a_run_on_sites_begins_with_all_of_them(tmp_path):

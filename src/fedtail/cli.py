@@ -82,10 +82,15 @@ def evaluate(
     """
     import contextlib
 
-    from fedtail import terminal
+    from fedtail import runs, terminal
     from fedtail.experiment import reopen
 
-    with contextlib.closing(reopen(run, checkpoint)) as federation:
+    federation = reopen(run, checkpoint)
+    if not runs.same_clients(run, federation.data):
+        from fedtail.flower import server
+
+        federation = server.reopen_sites(run, checkpoint, split)
+    with contextlib.closing(federation):
         scores = federation.score(split)
     print(_json(scores) if json else terminal.scores_table(scores))
 

@@ -357,7 +357,9 @@ def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult
     with contextlib.closing(federation), runs.locked(path) if path else contextlib.nullcontext():
         size = 0
         if path is not None:
-            runs.check_clients(path, federation.data)
+            if not runs.same_clients(path, federation.data):
+                raise CheckpointError(f"{path} began on clients of other sizes than the data here give. Continue a "
+                                      "deployment on sites with `flwr run`, and any other run on its own data.")  # fmt: skip
             file, limit = path / "checkpoint.safetensors", experiment.engine.states_bytes()
             latest = read_meta(file)
             if latest["round"] != federation.round:  # another process went on before we had the lock

@@ -143,25 +143,18 @@ def locked(folder: Path) -> Generator[None]:
         yield
 
 
-def check_clients(folder: Path, data: FederatedData) -> None:
-    """Raises CheckpointError if the run began on clients of other sizes: on the sites of a deployment, or on other files.
+def same_clients(folder: Path, data: FederatedData) -> bool:
+    """Says whether the run began on clients of these sizes, and not on the sites of a deployment or on other files.
 
     Args:
-        folder: the run.
+        folder: the run; where it cannot be read, whoever reads it is told.
         data: what the clients have now.
     """
-    path, offsets = folder / "partition.npz", Members.of(data.owners).offsets
-    if not path.is_file():
-        return
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            before = arrays["offsets"]
+        with open(folder / "partition.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return np.array_equal(arrays["offsets"], Members.of(data.owners).offsets)
     except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
-        return  # whoever reads the run is told
-    if not np.array_equal(before, offsets):
-        raise CheckpointError(f"{folder} began with {len(before) - 1} clients of {before[-1]} examples, the data here give "
-                              f"{len(offsets) - 1} of {offsets[-1]}. Continue a deployment on sites with `flwr run`, "
-                              "and any other run on the data that it began with.")  # fmt: skip
+        return True
 
 
 def truncate_metrics(folder: Path, size: int) -> None:

@@ -225,5 +225,7 @@ def check(folder: Path, client: int, data: str) -> str:
         one = Client(*(value[0] for value in setting.clients(plan)))
         run_client(setting, worker, here, one, message, {}, plan[client])
     table = "\n".join(f"  {name:24}{count:8,}" for name, count in zip(names, counts.tolist(), strict=True))
-    return (f"client {client}: {counts.sum():,} examples fit the experiment ({config.name_of(algorithm)}, "
+    tests = len(node.data.local_tests[client])
+    more = f", {tests:,} to test on" if tests else ""
+    return (f"client {client}: {counts.sum():,} examples{more} fit the experiment ({config.name_of(algorithm)}, "
             f"{len(names)} classes, inputs {list(setting.task.input_shape)}); a step was made.\n{table}")  # fmt: skip

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedtail import config
 from fedtail.algorithm import Algorithm
 from fedtail.config import Experiment
@@ -74,10 +72,7 @@ def known_sites(path: Path, options: Options, roster: Roster) -> sites.Holdings:
         ConfigError: a site is missing when the run begins.
     """
     if (path / "partition.npz").is_file():
-        with open(path / "partition.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            sizes = np.diff(arrays["offsets"]).tolist()
-            held = np.diff(arrays["held_offsets"]).tolist() if "held_offsets" in arrays else [0] * len(sizes)
-            return sites.Holdings(sizes, held, dict(enumerate(arrays["counts"].tolist())))
+        return sites.Holdings.read(path)
     roster.gather(lambda: len(roster.nodes) == options.sites, options.wait)
     missing = [k for k in range(options.sites) if k not in roster.nodes]
     if missing:
@@ -120,6 +115,21 @@ def open_run(experiment: Experiment, options: Options, roster: Roster) -> tuple[
     roster.population, roster.folder = federation.data.clients, path
     roster.initial = federation.task.initial if experiment.start else None
     return federation, rounds
+
+
+def reopen_sites(path: Path, checkpoint: str, split: str) -> Federation:
+    """Returns the federation of a run on sites, to judge it on what the server has: the sites' own tests are not here.
+
+    Raises:
+        ConfigError: the split is "train".
+    """
+    if split == "train":
+        raise ConfigError(f"the training data of {path} are not here: its clients had data of their own.")
+    experiment = config.load(path)
+    found = reopen(path, checkpoint, data=sites.server_data(experiment, sites.Holdings.read(path)))
+    judging = dataclasses.replace(found.experiment.evaluation, local=False)
+    found.experiment = dataclasses.replace(found.experiment, evaluation=judging)
+    return found
 
 
 def _bare(experiment: Experiment) -> Experiment:

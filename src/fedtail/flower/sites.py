@@ -182,6 +182,14 @@ class Holdings(NamedTuple):
     held: Sequence[int]  # that it keeps out of its training, for validation
     counts: Mapping[int, Sequence[int]] = {}  # of the former by class, where they are shared
 
+    @classmethod
+    def read(cls, run: Path) -> "Holdings":
+        """Reads them from the folder of a run that has begun."""
+        with open(run / "partition.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            sizes = np.diff(arrays["offsets"]).tolist()
+            held = np.diff(arrays["held_offsets"]).tolist() if "held_offsets" in arrays else [0] * len(sizes)
+            return cls(sizes, held, dict(enumerate(arrays["counts"].tolist())))
+
 
 def server_data(experiment: Experiment, holdings: Holdings) -> FederatedData:
     """Returns the server's data in a deployment on sites: the experiment's test split, and its validation and server splits."""
