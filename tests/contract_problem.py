@@ -319,6 +319,19 @@ def _cases() -> dict[str, Algorithm]:
             found[name] = cls(optimizer=PLAIN, features_per_class=3, match_steps=2, retrain_steps=3)
         elif name == "fedloge":  # four features for four classes: a dense frame
             found[name] = cls(optimizer=PLAIN, sparsity=0.0, norm=0.5, etf_steps=3)
+        elif name == "fedgan":  # eps 1e-4, as below
+            adam = Adam(lr=0.02, beta1=0.5, eps=1e-4)
+            found[name] = cls(optimizer=adam)
+            found[f"{name}-persistent"] = cls(optimizer=adam, persist_optimizer=True)
+            found[f"{name}-kl"] = cls(optimizer=PLAIN, weighting="kl")
+        elif name == "effgan":
+            found[name] = cls(optimizer=Adam(lr=0.02, beta1=0.5, eps=1e-4))
+            found[f"{name}-none"] = cls(optimizer=PLAIN, finetune_epochs=0, weights="uniform")
+            found[f"{name}-longer"] = cls(optimizer=PLAIN, finetune_epochs=3, weights="classes")
+        elif name == "mdgan":
+            found[name] = cls(optimizer=Adam(lr=0.02, beta1=0.5, eps=1e-4), swap_every=2)
+        elif name == "uagan":
+            found.update({f"{name}-{how}": cls(optimizer=PLAIN, aggregate=how) for how in ("odds", "max", "soft")})
         elif name == "climb":  # weights that move within three rounds
             found[name] = cls(optimizer=PLAIN, lr_dual=30.0, eps=0.1, period=2)
         elif name == "lightweight":  # both stages within three rounds
@@ -330,6 +343,7 @@ def _cases() -> dict[str, Algorithm]:
             )
         else:
             found[name] = cls(optimizer=PLAIN)
+    found["fedmd"] = config.resolve(Algorithm, "fedmd")(optimizer=PLAIN, public_batches=2, public_batch=3)
     avg = config.resolve(Algorithm, "fedavg")
     # eps 1e-4: where a gradient is nearly 0, Adam scales its rounding up
     found["fedavg-adam"] = avg(optimizer=Adam(lr=0.01, eps=1e-4, weight_decay=0.01, clip=1.0), server_lr=0.7)
@@ -337,6 +351,11 @@ def _cases() -> dict[str, Algorithm]:
     found["fedavg-nesterov"] = avg(optimizer=SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01, clip=0.5))
     opt = config.resolve(Algorithm, "fedopt")
     found.update({f"fedopt-{server}": opt(optimizer=PLAIN, server=server) for server in ("avgm", "yogi", "adagrad")})
+    distillation = config.resolve(Algorithm, "server_distillation")
+    terms = distillation(optimizer=PLAIN, lam_kd=0.5, lam_feat=0.7, lam_ce=0.3, server_steps=3, server_batch=5,
+                         server_optimizer=SGD(lr=0.05), server_cosine=False)  # fmt: skip
+    found["server_distillation-terms"] = terms
+    found["server_distillation-alone"] = dataclasses.replace(terms, clients=False, lam_feat=0.0)
     found["fednova-proximal"] = config.resolve(Algorithm, "fednova")(optimizer=SGD(lr=0.1, momentum=0.0), mu=0.7)
     ga = config.resolve(Algorithm, "fedga")
     found["fedga-exact"] = ga(optimizer=PLAIN, form="exact", counts="client", strength=0.7, weights="size")
@@ -360,7 +379,8 @@ def experiment(case: str, problem: str, engine: EngineOptions = LOOP, seed: int 
 def federation(case: str, problem: str, engine: EngineOptions = LOOP, seed: int = 0) -> Federation:
     """Returns a federation that is ready for round 0."""
     chosen = PROBLEMS[problem]
-    return Federation(experiment(case, problem, engine, seed), federated(chosen.sizes, chosen.images))
+    columns = (*CASES[case].columns, *CASES[case].server_columns)
+    return Federation(experiment(case, problem, engine, seed), federated(chosen.sizes, chosen.images, columns))
 
 
 class Outcome(NamedTuple):

@@ -22,6 +22,7 @@ from fedtail.data.partition import PARTITIONS
 from fedtail.errors import DataError
 from fedtail.losses import LOSSES, Loss
 from fedtail.models.specs import MODELS
+from fedtail.teachers import TEACHERS
 
 QUICK = ("--local.epochs", "1", "--engine.name", "loop")
 USER = '''"""Mine: FedAvg that counts its rounds.
@@ -271,6 +272,7 @@ def test_inspect_tells_the_double_traffic_of_scaffold(say):
         ("algorithms", ALGORITHMS),
         ("losses", LOSSES),
         ("models", MODELS),
+        ("teachers", TEACHERS),
         ("datasets", catalog.REGISTRY),
         ("partitions", PARTITIONS),
     ],
@@ -284,7 +286,8 @@ def test_list(say, what, known):
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_show(say, name):
     text = say("show", name)
-    assert f"optimizer           {'Nadam' if name == 'lightweight' else 'SGD'}()" in text
+    default = {"lightweight": "Nadam()"}.get(name, "Adam(lr=0.0002, beta1=0.5)" if name.endswith("gan") else "SGD()")
+    assert f"optimizer           {default}" in text
     assert re.search(r"(?i)differences? from", text) or name == "fedavg", "what differs from the paper"
     algorithm = config.resolve(config.Algorithm, name)
     for field in dataclasses.fields(algorithm):

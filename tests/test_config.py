@@ -11,23 +11,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedtail
-from fedtail import config
+from fedtail import config, teachers
 from fedtail.affine import Affine
 from fedtail.algorithm import Algorithm
 from fedtail.algorithms import fedga, fedlc, fedrs
 from fedtail.algorithms.apfl import APFL
 from fedtail.algorithms.ccvr import CCVR
+from fedtail.algorithms.client_distillation import ClientDistillation
 from fedtail.algorithms.climb import CLIMB
 from fedtail.algorithms.creff import CReFF
 from fedtail.algorithms.crt import CRT
 from fedtail.algorithms.ditto import Ditto
+from fedtail.algorithms.effgan import EFFGAN
 from fedtail.algorithms.eqlv2 import EQLv2
 from fedtail.algorithms.fedbabu import FedBABU
 from fedtail.algorithms.fedbn import FedBN
 from fedtail.algorithms.feddecorr import FedDecorr
+from fedtail.algorithms.feddf import FedDF
 from fedtail.algorithms.feddyn import FedDyn
 from fedtail.algorithms.fedetf import FedETF
+from fedtail.algorithms.fedgan import FedGAN
 from fedtail.algorithms.fedloge import FedLoGe
+from fedtail.algorithms.fedmd import FedMD
 from fedtail.algorithms.fednova import FedNova
 from fedtail.algorithms.fedntd import FedNTD
 from fedtail.algorithms.fedopt import FedOpt
@@ -39,9 +44,12 @@ from fedtail.algorithms.fedrod import FedROD
 from fedtail.algorithms.fedsam import FedSAM
 from fedtail.algorithms.lg_fedavg import LGFedAvg
 from fedtail.algorithms.lightweight import Lightweight
+from fedtail.algorithms.mdgan import MDGAN
 from fedtail.algorithms.moon import MOON
 from fedtail.algorithms.pfedme import PFedMe
 from fedtail.algorithms.posthoc import PostHoc
+from fedtail.algorithms.server_distillation import ServerDistillation
+from fedtail.algorithms.uagan import UAGAN
 from fedtail.config import REGISTRIES, Data, Evaluation, Experiment, Participation, from_dict, to_dict
 from fedtail.data import longtail, partition
 from fedtail.errors import ConfigError
@@ -75,6 +83,10 @@ CHOICES = [
     CLIMB(lr_dual=0.5, eps=0.01, period=2, weighting="examples"),
     FedRL(alpha=0.5, beta=0.2, cap=50.0),
     EQLv2(gamma=6.0, mu=0.5, alpha=2.0),
+    FedGAN(persist_optimizer=True, weighting="kl", kl_sign=-1, optimizer=SGD(lr=0.1)),
+    EFFGAN(finetune_epochs=3, weights="classes"),
+    MDGAN(swap_every=7),
+    UAGAN(aggregate="soft", sharpness=3.0, scale=1.0, penalty=1.0),
     PostHoc(prediction="logit_adjustment", tau=0.5, prior="given", given=(3.0, 2.0, 1.0)),
     CRT(retrain_rounds=3),
     CCVR(per_class=50, retrain_lr=0.01, retrain_steps=7),
@@ -108,6 +120,28 @@ CHOICES = [
     APFL(mix=0.25, adaptive="batch"),
     FedROD(loss=Focal(gamma=1.0)),
     FedProto(lam=0.1, prediction="classifier"),
+    ServerDistillation(
+        lam_kd=0.5,
+        lam_feat=0.2,
+        lam_ce=0.1,
+        temperature=4.0,
+        server_steps=7,
+        server_images=3,
+        server_batch=9,
+        server_optimizer=SGD(lr=0.2),
+        server_cosine=False,
+        clients=False,
+    ),
+    FedMD(public_batches=3, public_batch=8),
+    ClientDistillation(lam=0.3, temperature=1.5),
+    FedDF(
+        temperature=2.0,
+        server_steps=3,
+        server_images=2,
+        server_batch=9,
+        server_optimizer=Adam(lr=0.01),
+        server_cosine=False,
+    ),
     Lightweight(
         optimizer=Nadam(lr=0.01, beta1=0.8, beta2=0.99, eps=1e-6, clip=1.0),
         final=SGD(lr=0.1, weight_decay=0.1, decoupled=True),
@@ -147,6 +181,15 @@ CHOICES = [
     partition.QuantitySkew(clients=8, alpha=0.7, min_size=2),
     partition.RotatedTails(clients=20, factor=5.0),
     partition.Natural(min_size=4),
+    teachers.NoTeacher(),
+    teachers.EfficientNetLite0(head="federated_probe", probe_rounds=3, pixels=128),
+    teachers.EfficientNetLite2(probe=9, probe_decay=0.1, batch_size=7),
+    teachers.Timm(model="resnet18", weights="a.safetensors", sha256="ab", mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0)),
+    teachers.DINOv2(weights="b.pth"),
+    teachers.OpenCLIP(prompts=("{class}",), class_names=("cat", "dog")),
+    teachers.CLIP(head="linear_probe", model="RN50-quickgelu"),
+    teachers.UserTeacher(target="nets/mine.py:Net", version="2", head="linear_probe", mean=(0.1,), std=(0.2,)),
+    teachers.Trained(model=specs.LeNet(), on="pooled", epochs=3, lr=0.1),
     specs.MLP(hidden=(), dropout=0.25),
     specs.MLP(hidden=(64, 32)),
     specs.LeNet(padding=2),
@@ -157,6 +200,8 @@ CHOICES = [
     specs.ResNet18(),
     specs.ResNet34(norm="group"),
     specs.ResNet50(norm="group"),
+    specs.DCGAN28(width=32, latent=64, conditional=True),
+    specs.DCGAN32(norm="group"),
     specs.UserModel(target="nets/mine.py:Net", options={"width": 3, "act": "relu", "deep": [1, 2]}),
     Cumulative(head=0.5, medium=0.9, of="train"),
     OLTR(many=50, few=5),
@@ -173,6 +218,7 @@ PLACES = {
     config.GroupRule: ("evaluation", "groups"),
     config.Schedule: ("schedule",),
     Algorithm: ("algorithm",),
+    teachers.Teacher: ("teacher",),
 }
 
 
@@ -272,6 +318,8 @@ def others(hint, value):
         return [value + "2"]
     if isinstance(value, dict):
         return [{**value, "another": 1}]
+    if typing.get_args(hint)[0] is str:
+        return [(*value, "a {class}")]
     return [(*value, 77), (*value, 0.5), value[1:]]  # a tuple
 
 
@@ -311,13 +359,16 @@ def leaves(node, path=""):
 def test_the_fingerprint_changes_with_every_field(experiment):
     changed = dict(variants(experiment))
     assert len({config.fingerprint(e) for e in (experiment, *changed.values())}) == 1 + len(changed)
-    # No other value of these is possible beside the other fields: "best" without a validation split, and so on.
+    # No other value of these is possible beside the other fields: "best" without validation, scores of images, and so on.
     alone = {
         "evaluation.keep",
         "evaluation.finetune.epochs",
+        "evaluation.local_models",
         "algorithm.optimizer.nesterov",
         "data.partition.min_size",
         "autocast",
+        "teacher.mean",  # one without the other
+        "teacher.std",
     }
     assert set(leaves(experiment)) - set(changed) <= alone
     for other in changed.values():

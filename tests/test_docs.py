@@ -26,6 +26,7 @@ from fedtail.metrics import GROUP_RULES, GroupRule
 from fedtail.models.specs import ModelSpec
 from fedtail.optim import Optimizer
 from fedtail.schedule import Schedule
+from fedtail.teachers.specs import Teacher
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "algorithms").glob("*.md")])
@@ -149,6 +150,7 @@ POLYMORPHIC = {
     "data.longtail": LongTail,
     "data.partition": Partition,
     "model": ModelSpec,
+    "teacher": Teacher,
     "schedule": Schedule,
     "evaluation.groups": GroupRule,
 }

@@ -32,8 +32,8 @@ def _no_waiting(monkeypatch):
 
 
 def federation(case, name="ragged", options=None):
-    chosen = problem.PROBLEMS[name]
-    data = problem.federated(chosen.sizes, chosen.images)
+    chosen, method = problem.PROBLEMS[name], problem.CASES[case]
+    data = problem.federated(chosen.sizes, chosen.images, (*method.columns, *method.server_columns))
     experiment = problem.experiment(case, name)
     grid, roster, engine = deployed(experiment, data, options)
     roster.look()

@@ -32,6 +32,7 @@ class Phase(NamedTuple):
         cohort: "sample" (by participation) or "all".
         reduce: "mean" (the engine computes the weighted mean of the updates) or "collect" (the server gets them all).
         local: True trains for the configured local work; False goes through the client's data once, in order.
+        epochs: passes over the data in the place of the configured local work; 0: that.
         split: the client's training data, or what `data.client_validation` keeps out of them (with local = False).
     """
 
@@ -39,6 +40,7 @@ class Phase(NamedTuple):
     cohort: Literal["sample", "all"] = "sample"
     reduce: Literal["mean", "collect"] = "mean"
     local: bool = True
+    epochs: int = 0
     split: Literal["train", "validation"] = "train"
 
 
@@ -54,6 +56,24 @@ class Round(NamedTuple):
     stage: int = 0  # see Algorithm.advance
     holders: int = 0  # number of clients that hold data: those who can take part at all
     counts: Tensor | None = None  # (classes,) the population's class counts, only if the algorithm shares_counts
+    step: int = 0  # of server_step: which one of the round, 0-based
+    steps: int = 0  # of server_step: how many there are in this round
+    columns: Mapping[str, tuple[int, ...]] = {}
+    draws: Mapping[str, Tensor] = {}  # of Algorithm.round_draws: the same for the server and all clients
+
+
+class ServerWork(NamedTuple):
+    """How much `server_step` is called in a round; the server's data are not augmented then.
+
+    Args:
+        batch_size: examples in a batch, >= 1; all of the server's, if it has fewer.
+        steps: number of batches; -1 = one pass over the server's data.
+        images: of each class that the server's data are cut to; 0 = all of them.
+    """
+
+    batch_size: int
+    steps: int
+    images: int = 0
 
 
 class Client(NamedTuple):
@@ -63,6 +83,13 @@ class Client(NamedTuple):
     examples: Tensor  # () float, number of training examples
     counts: Tensor  # (classes,) float, the client's own class counts
     steps: Tensor  # () float, local steps of this phase
+
+
+class Mixture(NamedTuple):
+    """What images are drawn from: generators, and how many images of each class come from each."""
+
+    shares: Tensor  # [generators, classes] >= 0, sum 1 over both; a pair that is told no class sees the sums of rows
+    networks: Variables  # every tensor with a first axis of generators
 
 
 class Context(NamedTuple):
@@ -123,6 +150,9 @@ class Algorithm(ABC):
     columns: ClassVar[Sequence[str]] = ("x", "y")
     personal: ClassVar[bool] = False  # predict differs between clients
     needs_server_data: ClassVar[bool] = False  # without data.server an experiment is refused
+    generative: ClassVar[bool] = (
+        False  # trains a pair of generator and discriminator: it makes images, and predicts nothing
+    )
     needs_branches: ClassVar[bool] = False  # it works on the model `unified` alone
 
     @property
@@ -132,6 +162,21 @@ class Algorithm(ABC):
         Default: whether its option `loss` does, if it has one.
         """
         return getattr(getattr(self, "loss", None), "shares_counts", False)
+
+    @property
+    def server_columns(self) -> Sequence[str]:
+        """What a batch of server data must carry; default: inputs and labels."""
+        return ("x", "y")
+
+    @property
+    def needs_server_labels(self) -> bool:
+        """Says whether the server's data must have labels; default: whether they are needed at all."""
+        return self.needs_server_data
+
+    @property
+    def server_work(self) -> ServerWork | None:
+        """Returns how much work `server_step` is called for; default None: as much as a client's, `experiment.local`."""
+        return None
 
     def needs_start(self, rounds: int) -> bool:
         """Says whether so many rounds train no backbone, so that an experiment without `start` is refused."""
@@ -208,8 +253,16 @@ class Algorithm(ABC):
         """Returns logits [batch, classes] of the generic model (client None) or of a client's own; default: of `variables`."""
         return ctx.task.apply(self.variables(ctx, message, client), x, train=False)[0]
 
+    def generators(self, ctx: Context, server: Any) -> "Mixture":
+        """Returns what a generative method draws its images from."""
+        raise TypeError(f"{type(self).__name__} makes no images.")
+
     def readings(self) -> Mapping[str, "Algorithm"]:
         """Returns the method with other settings of its prediction, by name: each evaluation judges them too."""
+        return {}
+
+    def also_judged(self, ctx: Context, server: Any) -> Mapping[str, Any]:
+        """Returns messages that each evaluation judges beside the broadcast, by name (the model before the server's steps)."""
         return {}
 
     def variables(self, ctx: Context, message: Any, client: Tree | None) -> Variables:
@@ -219,6 +272,10 @@ class Algorithm(ABC):
     # declarations
     def draws(self, task: Task, batch_size: int) -> dict[str, Draw]:
         """Returns the random tensors wanted at each local step, by name."""
+        return {}
+
+    def round_draws(self, task: Task, batch_size: int) -> dict[str, Draw]:
+        """Returns the random tensors that a round's server and clients share, as ctx.round.draws, by name."""
         return {}
 
     def phases(self, index: int, rounds: int) -> Sequence[Phase]:

@@ -9,7 +9,7 @@ from typing import Literal
 from fedtail.algorithms import ALGORITHMS
 from fedtail.errors import ConfigError
 
-Kind = Literal["algorithms", "losses", "models", "datasets", "partitions"]
+Kind = Literal["algorithms", "losses", "models", "teachers", "datasets", "partitions"]
 
 
 def listing(what: Kind) -> dict[str, str]:
@@ -22,6 +22,10 @@ def listing(what: Kind) -> dict[str, str]:
         from fedtail.models.specs import MODELS
 
         return {name: _first_line(spec.__doc__) for name, spec in MODELS.items()}
+    if what == "teachers":
+        from fedtail.teachers.specs import TEACHERS
+
+        return {name: _first_line(spec.__doc__) for name, spec in TEACHERS.items()}
     if what == "datasets":
         from fedtail.data.catalog import REGISTRY
 
@@ -111,7 +115,7 @@ def _page(name: str, text: str | None, line: list[ast.ClassDef], shared: dict[st
     known = dict(shared)
     for field, default, meaning in (option for cls in line for option in option_docs(cls)):
         known[field] = (default, meaning or known.get(field, ("", ""))[1])
-    options = [f"  {field:20}{default:16}{meaning}" for field, (default, meaning) in known.items()]
+    options = [f"  {field:20}{default:15} {meaning}" for field, (default, meaning) in known.items()]
     found = [n for cls in line for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "shares_counts"]
     revealed = [f"Clients reveal their class counts: {_first_line(ast.get_docstring(n))}" for n in found[-1:]]
     head = f"Options of {name} (name, default, meaning):" if options else f"{name} has no options."

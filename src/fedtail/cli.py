@@ -15,7 +15,7 @@ import tyro
 
 from fedtail.errors import ConfigError, FedtailError, did_you_mean
 from fedtail.options import InspectOptions, RunOptions, SweepOptions
-from fedtail.verbs import deploy, node_check, watch
+from fedtail.verbs import demo, deploy, node_check, quality, sample, teacher, watch
 
 if TYPE_CHECKING:
     from fedtail.config import Experiment
@@ -35,8 +35,11 @@ usage: fedtail VERB ... (fedtail VERB --help tells more)
   compare RUN...       one table over seeds; refuses runs that differ in more than the method
   plot KIND RUN...     pictures: partition, classes, groups, curves, prior, balance, clients, asymmetry, tradeoff
   report RUN...        one self-contained HTML page
+  teacher RUN          a teacher beside its student: parameters, operations, latency, memory, accuracy
+  sample RUN           draw images from a run of a generative method
+  quality RUN          judge such images against the test set
   inspect EXP          who holds what, and what a round costs, before anything is trained
-  list WHAT            algorithms, losses, models, datasets, partitions
+  list WHAT            algorithms, losses, models, teachers, datasets, partitions
   check NAME           test an algorithm, FILE.py:Name for your own, by the rules that every method must keep
   show NAME            equations, options and differences from the paper of an algorithm or a loss
   deploy EXP DIR       write a Flower app that runs the experiment on real nodes
@@ -91,6 +94,10 @@ def evaluate(
 
         federation = server.reopen_sites(run, checkpoint, split)
     with contextlib.closing(federation):
+        if federation.algorithm.generative:
+            raise ConfigError(
+                f"{run} has generators, which predict nothing. Judge their images with `fedtail quality {run}`."
+            )
         scores = federation.score(split)
     print(_json(scores) if json else terminal.scores_table(scores))
 
@@ -201,7 +208,9 @@ def show(name: Positional[str]) -> None:
     print(catalogue.show(name))
 
 
-def list_(what: Positional[Literal["algorithms", "losses", "models", "datasets", "partitions"]] = "algorithms") -> None:
+def list_(
+    what: Positional[Literal["algorithms", "losses", "models", "teachers", "datasets", "partitions"]] = "algorithms",
+) -> None:
     """Print the known names.
 
     Args:
@@ -237,18 +246,6 @@ def data_add(name: Positional[str], path: Positional[Path]) -> None:
     from fedtail.data import fetch
 
     print(fetch.add(name, path))
-
-
-def demo(output: Path = Path("runs/demo"), rounds: int = 0) -> None:
-    """Train FedAvg and Fed-GraB on the same long-tailed split and write a report.
-
-    Args:
-        output: where the run folders and report.html go; a demo that was stopped is continued.
-        rounds: number of rounds; 0 = the demo's own.
-    """
-    from fedtail import demo as module
-
-    module.main(output, rounds)
 
 
 def run(arguments: list[str]) -> None:
@@ -339,9 +336,9 @@ def typed(verb: str, options: type, name: str, value: Any, arguments: list[str],
 
 
 TYPED: dict[str, Callable[..., None]] = {
-    "resume": resume, "evaluate": evaluate, "export": export, "compare": compare, "plot": plot, "report": report, "show": show,
-    "list": list_, "demo": demo, "data get": data_get, "data add": data_add,
-    "node check": node_check, "watch": watch,
+    "resume": resume, "evaluate": evaluate, "export": export, "compare": compare, "plot": plot, "report": report,
+    "teacher": teacher, "sample": sample, "quality": quality, "show": show, "list": list_, "demo": demo,
+    "data get": data_get, "data add": data_add, "node check": node_check, "watch": watch,
 }  # fmt: skip
 FREE: dict[str, Callable[[list[str]], None]] = {"run": run, "inspect": inspect, "check": check, "deploy": deploy}
 

@@ -33,6 +33,7 @@ from fedtail.metrics import GROUP_RULES, GroupRule
 from fedtail.models.specs import MLP, MODELS, ModelSpec, UserModel
 from fedtail.optim import OPTIMIZERS, Optimizer
 from fedtail.schedule import SCHEDULES, Constant, Schedule
+from fedtail.teachers.specs import TEACHERS, NoTeacher, Teacher
 from fedtail.userfile import run_file, split_target, user_module
 
 
@@ -56,6 +57,8 @@ class Data:
     """Images of each class kept out of training for model selection, taken before the long-tail cut."""
     server: int = 0
     """Images of each class given to the server, taken before the long-tail cut; for methods that have server data."""
+    server_from: str = ""
+    """A data set whose training images, without labels, the server gets: `server` for each class; empty: held out."""
     client_validation: float = 0.0
     """Share of each client's examples that it keeps out of training for methods that validate there, in [0, 1)."""
     image_size: int = 0
@@ -84,6 +87,8 @@ class Experiment:
     """Determines every random number of the run, >= 0."""
     rounds: int = 20
     """Number of rounds, >= 1."""
+    teacher: Teacher = NoTeacher()
+    """A frozen network that methods distil from; its outputs are computed once."""
     start: str = ""
     """Folder of a finished run whose generic model is the initial one ("{seed}" stands for the seed); empty: none."""
     algorithm: Algorithm = FedAvg()
@@ -119,6 +124,10 @@ class Experiment:
             raise ConfigError('autocast makes bfloat16 of float32, not of dtype = "float64". Set one of the two.')
         if self.evaluation.keep == "best" and not self.data.validation:
             raise ConfigError('evaluation.keep = "best" needs a validation split: set data.validation, for example 20.')
+        judged = self.evaluation
+        if self.algorithm.generative and (judged.keep == "best" or judged.local_models or judged.finetune.epochs):
+            raise ConfigError("evaluation.keep, local_models and finetune judge predictions, and "
+                              f"{name_of(self.algorithm)} makes images. Leave them at their defaults.")  # fmt: skip
 
 
 REGISTRIES: dict[type, Mapping[str, Any]] = {
@@ -130,6 +139,7 @@ REGISTRIES: dict[type, Mapping[str, Any]] = {
     ModelSpec: MODELS,
     GroupRule: GROUP_RULES,
     Schedule: SCHEDULES,
+    Teacher: TEACHERS,
 }
 """For each abstract field type, the names that a configuration may use."""
 SWEEP = {"row", "rows", "base", "grid"}

@@ -1,7 +1,7 @@
 """Judging a model: predictions become confusion counts, and every reported number comes from sums of those."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -112,6 +112,7 @@ class Judge:
     states: Mapping[int, Tree]
     options: Evaluation
     newcomers: Counts  # clients that never take part, (number,); they are judged apart
+    beside: Mapping[str, Tree] = field(default_factory=dict[str, Tree])  # other messages that are judged too
 
     def scores(self, split: Split) -> dict[str, Any]:
         """Returns the scores of a split by name; each names its test set and its rule for the shot groups.
@@ -137,14 +138,12 @@ class Judge:
         if self.options.local:
             groups = local_groups(self.options.groups, data)
             theirs = self.engine.client_scores(self.round, self.message, self.states, groups)
-        found: dict[str, Any] = {}
-        for i, (name, algorithm) in enumerate(readings(self.engine.setting.algorithm).items()):
-            scores = self._reading(algorithm, None if theirs is None else [each[i] for each in theirs])
-            if name:
-                found.setdefault("readings", {})[name] = scores
-            else:
-                found |= scores
-        return found
+        algorithm, others = self.engine.setting.algorithm, dict[str, Any]()
+        for i, (name, way) in enumerate(readings(algorithm).items()):
+            others[name] = self._reading(way, None if theirs is None else [each[i] for each in theirs])
+        for name, other in self.beside.items():  # of the server's, which clients do not know
+            others[name] = replace(self, message=other)._reading(algorithm, None if theirs is None else [])
+        return {**others.pop(""), **({"readings": others} if others else {})}
 
     def _reading(self, algorithm: Algorithm, theirs: Sequence[Mapping[str, Scores]] | None) -> dict[str, Any]:
         """Returns the scores of one way to predict; `theirs`: what the clients found by themselves."""

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedtail import config, runs, trees
-from fedtail.algorithm import Context, Phase, Round
+from fedtail import config, generation, runs, teaching, trees
+from fedtail.algorithm import Algorithm, Context, Phase, Round
 from fedtail.checkpoint import Snapshot, load_checkpoint, read_meta, save_checkpoint
 from fedtail.config import Experiment
 from fedtail.data.federated import FederatedData
@@ -28,7 +28,7 @@ from fedtail.engines.choice import resolve
 from fedtail.engines.loop import iterate
 from fedtail.errors import CheckpointError, ConfigError, TrainingError
 from fedtail.evaluate import Judge, Split, shot_groups
-from fedtail.federation import Predictor, check_data, check_device, federate, make_task, takers
+from fedtail.federation import Predictor, check_data, check_device, fitted, make_task, suited, takers, whole_batches
 from fedtail.seeds import Stream, generator
 from fedtail.states import ClientStates
 from fedtail.task import Task, Variables
@@ -59,7 +59,7 @@ class Federation:
             rounds = f"{experiment.rounds} round{'s' if experiment.rounds > 1 else ''}"
             raise ConfigError(f"algorithm {config.name_of(experiment.algorithm)} trains no backbone in {rounds}: "
                               "name a finished run in start.")  # fmt: skip
-        self.data = data if data is not None else federate(experiment.data, experiment.seed, experiment.device)
+        self.data = suited(data if data is not None else teaching.furnish(experiment), experiment.algorithm)
         self.task = make_task(experiment, self.data)
         if experiment.start:
             self.task = dataclasses.replace(self.task, initial=initial or _initial(experiment, self.task))
@@ -86,7 +86,8 @@ class Federation:
         self.engine = self._engine()
         self.worker = self.engine.setting.task.worker()
         with one_thread(), blame("init_server"):
-            self.server = self.algorithm.init_server(self.context(), generator(experiment.seed, Stream.ALGORITHM))
+            ctx = self.context(cohort=size)
+            self.server = self.algorithm.init_server(ctx, generator(experiment.seed, Stream.ALGORITHM))
         log.info("engine %s: %s", options.name, self.reason)
 
     def _engine(self) -> Engine:
@@ -109,8 +110,9 @@ class Federation:
         """Returns the server's context."""
         experiment = self.experiment
         scale = experiment.schedule.scale(self.round, experiment.rounds)
+        shapes = {name: tuple(column.shape[1:]) for name, column in self.data.columns.items()}
         here = Round(self.round, phase, cohort, self.data.clients, experiment.rounds, scale, self.stage, len(self.holders),
-                     self.counts)  # fmt: skip
+                     self.counts, columns=shapes, draws=self.engine.setting.shared(self.round))  # fmt: skip
         return Context(self.worker, here, self.constants, None)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -130,7 +132,8 @@ class Federation:
     def snapshot(self, metrics_bytes: int) -> Snapshot:
         """Returns what a checkpoint keeps."""
         meta = {"round": self.round, "stage": self.stage, "best": self.best, "metrics_bytes": metrics_bytes,
-                "transferred": self.transferred, "experiment": self.fingerprint}  # fmt: skip
+                "transferred": self.transferred, "experiment": self.fingerprint, "shape": list(self.task.input_shape),
+                "classes": self.task.num_classes}  # fmt: skip
         return Snapshot(self.server, self.states, meta)
 
     def draw(self, phase: Phase) -> list[int]:
@@ -145,13 +148,11 @@ class Federation:
         self.engine.open()
         record: dict[str, Any] = {"round": self.round}
         trained, self.traffic = 0, {"down": 0, "up": 0}
-        phases = self.algorithm.phases(self.round, self.experiment.rounds)
-        for phase in phases:
+        for phase in self.algorithm.phases(self.round, self.experiment.rounds):
             sink = self._phase(phase, trained)
             trained += phase.local
-            name = "train" if phase.name == "train" else phase.name
-            record[name] = {"clients": len(sink.answers), "examples": sink.examples,
-                            **trees.plain(sink.metrics()), **sink.facts()}  # fmt: skip
+            record[phase.name] = {"clients": len(sink.answers), "examples": sink.examples,
+                                  **trees.plain(sink.metrics()), **sink.facts()}  # fmt: skip
             if sink.judged != ():
                 record["local_models"] = local_models.scores(sink.judged, self.data.test["y"].numpy(force=True))
         self.transferred = {f"cumulative_{k}": self.transferred[f"cumulative_{k}"] + v for k, v in self.traffic.items()}
@@ -186,39 +187,51 @@ class Federation:
                 self.server = self.algorithm.server_collect(ctx, self.server, sink.updates, weights)
             else:
                 self.server = self.algorithm.server_update(ctx, self.server, sink.mean(), total)
-            self.traffic["down"] += len(ids) * trees.num_bytes(
-                self.algorithm.sent(ctx, message)
-            )  # also to who has no batch
+            sent = trees.num_bytes(self.algorithm.sent(ctx, message))
+            self.traffic["down"] += len(ids) * sent  # also to who has no batch
             self.traffic["up"] += sink.sent_bytes()
         if not trees.all_finite(self.server):
-            raise TrainingError(
-                f"The server state is not finite after round {self.round}, although every update was. Lower "
-                "algorithm.server_lr or the clients' learning rate."
-            )
+            raise TrainingError(f"The server state is not finite after round {self.round}, although every update was. Lower "
+                                "algorithm.server_lr or the clients' learning rate.")  # fmt: skip
         self.states.update(sink.states)
         return sink
 
     def _server_data(self) -> dict[str, Any]:
-        """Loops `server_step` over the server's data, for as much work as a client's."""
-        experiment, ctx, setting = self.experiment, self.context(Phase("server")), self.engine.setting
-        plan = make_plan(experiment.seed, self.round, 0, self.data.clients, self.data.server, experiment.local,
-                         setting.draws)  # fmt: skip
-        sums = dict[str, torch.Tensor]()
-        for batch in iterate(setting, plan):
+        """Loops `server_step` over the server's data, for as much work as the algorithm says or a client does."""
+        experiment, algorithm, setting = self.experiment, self.algorithm, self.engine.setting
+        work, draws, rows = experiment.local, setting.draws, self.data.server
+        if (own := algorithm.server_work) is not None:
+            rows = self.data.server_rows(own.images)
+            work = whole_batches(own, len(rows))
+            draws = setting.task.draws(work.batch_size)
+        if type(algorithm).server_step is Algorithm.server_step:  # it has none: the data need not be gathered
+            return {}
+        plan = make_plan(experiment.seed, self.round, 0, self.data.clients, rows, work, draws)
+        steps = len(plan.lengths) if own is None or own.steps else 0
+        ctx, sums = self.context(Phase("server")), dict[str, torch.Tensor]()
+        for step, batch in zip(range(steps), iterate(setting, plan, algorithm.server_columns), strict=False):
             with blame("server_step"):
-                self.server, metrics = self.algorithm.server_step(ctx, self.server, batch)
+                here = ctx._replace(round=ctx.round._replace(step=step, steps=steps))
+                self.server, metrics = algorithm.server_step(here, self.server, batch)
             sums = {k: sums[k] + v if k in sums else v for k, v in metrics.items()}
-        return trees.plain({k: v / len(plan.lengths) for k, v in sums.items()})
+        if not trees.all_finite(self.server):
+            raise TrainingError(f"The server state is not finite after the server's own steps in round {self.round}. Lower "
+                                "the learning rate of algorithm.server_optimizer.")  # fmt: skip
+        return trees.plain({k: v / steps for k, v in sums.items()})
 
     def score(self, split: Split = "all") -> dict[str, Any]:
-        """Judges the present model on a split; "all" is what a round is judged on: test and validation.
+        """Judges the present model on a split; "all" is what a round is judged on: test and validation. Images are not.
 
         From the last round on, "all" and "test" also judge what comes of it by `evaluation.finetune`.
         """
+        if self.algorithm.generative:
+            return {}
         self.engine.open()
         ctx, options = self.context(cohort=self.cohort_size), self.experiment.evaluation
-        judge = Judge(self.engine, ctx.round, self.constants, self.message(ctx), self.states, options, self.newcomers)
-        found = judge.scores(split)
+        with torch.no_grad(), blame("also_judged"):
+            beside = self.algorithm.also_judged(ctx, self.server)
+        found = Judge(self.engine, ctx.round, self.constants, self.message(ctx), self.states, options, self.newcomers,
+                      beside).scores(split)  # fmt: skip
         if options.finetune.epochs and self.round + 1 >= self.experiment.rounds and split in ("all", "test"):
             found.update(self._tuned())
         return found
@@ -263,12 +276,7 @@ def _initial(experiment: Experiment, task: Task) -> Variables:
         found = before.variables()
     if done < rounds:
         raise ConfigError(f"start: {path} has {done} of {rounds} rounds. Finish it with `fedtail resume {path}`.")
-    pairs = list(zip(task.initial, found, strict=True))
-    wrong = [k for own, new in pairs for k, v in own.items() if k not in new or new[k].shape != v.shape]
-    if wrong:
-        raise ConfigError(f"start: the model of {path} does not fit this experiment's {experiment.model}: "
-                          f"{len(wrong)} tensors differ, the first is {wrong[0]}. Use the same model and data.")  # fmt: skip
-    return Variables(*({k: new[k].to(v) for k, v in own.items()} for own, new in pairs))
+    return fitted(task, found, path, experiment)
 
 
 def run(experiment: Experiment, folder: str | Path | None = None) -> Iterator[RoundResult]:
@@ -352,14 +360,11 @@ def load(folder: str | Path, client: int | None = None, checkpoint: str = "check
 def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult]:
     """Yields the federation's remaining rounds, keeping each in the run folder."""
     experiment = federation.experiment
-    if distributed.rank():  # one process writes
-        path = None
+    path = None if distributed.rank() else path  # one process writes
     with contextlib.closing(federation), runs.locked(path) if path else contextlib.nullcontext():
         size = 0
         if path is not None:
-            if not runs.same_clients(path, federation.data):
-                raise CheckpointError(f"{path} began on clients of other sizes than the data here give. Continue a "
-                                      "deployment on sites with `flwr run`, and any other run on its own data.")  # fmt: skip
+            runs.check_clients(path, federation.data)
             file, limit = path / "checkpoint.safetensors", experiment.engine.states_bytes()
             latest = read_meta(file)
             if latest["round"] != federation.round:  # another process went on before we had the lock
@@ -372,6 +377,9 @@ def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult
             last = federation.round + 1 == experiment.rounds
             if last or (federation.round + 1) % experiment.evaluation.every == 0:
                 record.update(federation.score())
+                if path is not None and federation.algorithm.generative:
+                    setting, here = federation.engine.setting, federation.context().round
+                    generation.round_picture(path, setting, federation.server, here)
             federation.advance(record)
             seconds = time.perf_counter() - start
             if path is not None:

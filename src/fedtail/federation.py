@@ -1,11 +1,15 @@
 """From an experiment to what an engine needs: the federated data and the task."""
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedtail.algorithm import Algorithm, ServerWork
 from fedtail.config import Data, Experiment, name_of
 from fedtail.data import legacy
 from fedtail.data.catalog import load
@@ -14,13 +18,21 @@ from fedtail.data.federated import Array, FederatedData, prepare
 from fedtail.data.lazy import Decoder, column
 from fedtail.data.members import Members
 from fedtail.data.partition import describe_partition, local_test_counts, local_tests, validation_split
+from fedtail.data.plan import LocalWork
 from fedtail.errors import ConfigError
+from fedtail.models.gan import is_pair
 from fedtail.seeds import Stream, generator
-from fedtail.task import Execution, Task, build_task
+from fedtail.task import Execution, Task, Variables, build_task
 
 
-def federate(options: Data, seed: int, device: str = "cpu") -> FederatedData:
+def federate(options: Data, seed: int, device: str = "cpu", probe: int = 0) -> FederatedData:
     """Loads, holds out, cuts and splits the data: a pure function of the options and the seed.
+
+    Args:
+        options: which data.
+        seed: the experiment's.
+        device: where the columns go.
+        probe: images of each class that are kept for a teacher's head.
 
     Raises:
         DataError: the data set is missing or damaged.
@@ -30,7 +42,12 @@ def federate(options: Data, seed: int, device: str = "cpu") -> FederatedData:
     classes, labels = dataset.num_classes, dataset.train.y
     pool = np.arange(len(labels))
     held: list[np.ndarray] = []
-    for stream, per_class in ((Stream.VALIDATION, options.validation), (Stream.SERVER_DATA, options.server)):
+    within = 0 if options.server_from else options.server
+    for stream, per_class in (
+        (Stream.VALIDATION, options.validation),
+        (Stream.SERVER_DATA, within),
+        (Stream.PROBE, probe),
+    ):
         keep, out = validation_split(labels[pool], classes, per_class, generator(seed, stream))
         held.append(pool[out])
         pool = pool[keep]
@@ -41,15 +58,36 @@ def federate(options: Data, seed: int, device: str = "cpu") -> FederatedData:
     local = _local_tests(options, seed, labels[chosen], counts, dataset.test.y)
     owners, own_validation = hold_out(owners, options.client_validation, seed)
     rows = np.concatenate([chosen, *held])  # only these are kept in memory
+    x, y = _with_others(dataset.train.x[rows], labels[rows], options, seed, classes)
     ends = np.cumsum([len(chosen), *map(len, held)])
+    server = np.arange(ends[3], len(y)) if options.server_from else np.arange(ends[1], ends[2])
     decoder = Decoder(options.cache_mib << 20, options.decode_threads)
     return FederatedData(
-        {"x": column(dataset.train.x[rows], decoder, device), "y": torch.from_numpy(labels[rows]).to(device)},
+        {"x": column(x, decoder, device), "y": torch.from_numpy(y).to(device)},
         owners,
         {"x": column(dataset.test.x, decoder, device), "y": torch.from_numpy(dataset.test.y).to(device)},
         local, classes, *((dataset.mean, dataset.std) if options.normalise else ((), ())), options.augmentation,
-        np.arange(ends[0], ends[1]), np.arange(ends[1], ends[2]), _sources(dataset, options, len(chosen)), own_validation,
+        np.arange(ends[0], ends[1]), server, _sources(dataset, options, len(chosen)), own_validation,
+        probe=np.arange(ends[2], ends[3]), class_names=dataset.class_names,
     )  # fmt: skip
+
+
+def _with_others(x: Any, y: Array, options: Data, seed: int, classes: int) -> tuple[Any, Array]:
+    """Adds the images of `data.server_from`, without labels: their y is -1."""
+    if not options.server_from:
+        return x, y
+    other = load(options.server_from, options.folder or None, size=options.image_size or None).train
+    wanted = options.server * classes
+    if not isinstance(x, np.ndarray) or not isinstance(other.x, np.ndarray):
+        raise ConfigError("data.server_from: images that are decoded when they are used cannot be mixed with others.")
+    if (other.x.dtype, other.x.shape[1:]) != (x.dtype, x.shape[1:]):
+        raise ConfigError(f"data.server_from = {options.server_from!r} holds {other.x.dtype} {list(other.x.shape[1:])} an "
+                          f"example, {options.name} {x.dtype} {list(x.shape[1:])}. Name a set of the same shape.")  # fmt: skip
+    if len(other.y) < wanted:
+        raise ConfigError(f"data.server = {options.server} wants {wanted} images of {options.server_from}, which has "
+                          f"{len(other.y)}. Lower it.")  # fmt: skip
+    rows = np.sort(generator(seed, Stream.SERVER_DATA).choice(len(other.y), wanted, replace=False))
+    return np.concatenate([x, other.x[rows]]), np.concatenate([y, np.full(wanted, -1, y.dtype)])
 
 
 def hold_out(owners: Sequence[Array], share: float, seed: int) -> tuple[Sequence[Array], list[Array]]:
@@ -80,11 +118,8 @@ def _sources(dataset: Dataset, options: Data, examples: int) -> tuple[str, ...]:
         f"{dataset.name} ({dataset.source}; licence: {dataset.licence})",
         f"long tail: {options.longtail!r}, {examples} training examples",
         f"partition: {describe_partition(options.partition)}",
-        *(
-            [f"validation at clients: {options.client_validation:g} of their examples"]
-            if options.client_validation
-            else []
-        ),
+        *([f"server data: images of {options.server_from}, without labels"] if options.server_from else []),
+        *([f"validation at clients: {share:g} of their examples"] if (share := options.client_validation) else []),
     )
 
 
@@ -116,13 +151,25 @@ def check_device(name: str) -> None:
         raise ConfigError(f"device {name!r}: torch {torch.__version__} says: {why}. Use device = 'cpu'.") from error
 
 
+def suited(data: FederatedData, algorithm: Algorithm) -> FederatedData:
+    """Returns the data as a method wants them: images of a generative one are scaled to [-1, 1], as generators make them."""
+    shape = data.columns["x"].shape
+    if not algorithm.generative or len(shape) != 4:
+        return data
+    return dataclasses.replace(data, mean=(0.5,) * shape[1], std=(0.5,) * shape[1])
+
+
 def check_data(experiment: Experiment, data: FederatedData) -> None:
-    """Raises ConfigError if the algorithm needs data at the server or validation examples at the clients that are not there."""
+    """Raises ConfigError if data at the server, labels of them or validation examples at the clients are needed and missing."""
     algorithm, name = experiment.algorithm, name_of(experiment.algorithm)
     if algorithm.needs_server_data and not len(data.server):
         raise ConfigError(
             f"algorithm {name} needs data at the server: set data.server (images per class), for example 1."
         )
+    if algorithm.needs_server_labels and experiment.data.server_from:
+        raise ConfigError(f"algorithm {name} needs labels of the server's data, but those of data.server_from = "
+                          f'"{experiment.data.server_from}" have none of these classes. Leave server_from out, or set the '
+                          "weight of the term that needs them (lam_ce) to 0.")  # fmt: skip
     validates = any(phase.split == "validation" for phase in algorithm.phases(0, experiment.rounds))
     if validates and not Members.of(data.held).sizes.any():
         raise ConfigError(
@@ -139,15 +186,45 @@ def takers(experiment: Experiment, data: FederatedData) -> tuple[Array, Array]:
     return np.setdiff1d(holders, newcomers, assume_unique=True), newcomers
 
 
+def whole_batches(work: ServerWork, examples: int) -> LocalWork:
+    """Returns the server's work as that of a client with so many examples; a batch of one among larger ones is left out."""
+    size = max(min(work.batch_size, examples), 1)
+    return LocalWork(epochs=1, steps=max(work.steps, 0), batch_size=size, min_batch=min(2, size))
+
+
 def make_task(experiment: Experiment, data: FederatedData) -> Task:
     """Builds the network for these data and moves it to the device.
 
     Raises:
-        ConfigError: the network does not fit the data.
+        ConfigError: the network does not fit the data or the method.
     """
     shape = tuple(data.columns["x"].shape[1:])
     execution = Execution(experiment.autocast, experiment.engine.channels_last, experiment.engine.compile)
-    return build_task(
+    task = build_task(
         lambda: experiment.model.build(shape, data.num_classes), data.num_classes, shape, seed=experiment.seed,
         dtype=getattr(torch, experiment.dtype), device=experiment.device, execution=execution,
     )  # fmt: skip
+    if experiment.algorithm.generative != is_pair(task.module):
+        pair, plain = (
+            "a pair of generator and discriminator ('dcgan28', 'dcgan32')",
+            "a network that classifies ('mlp')",
+        )
+        wants = pair if experiment.algorithm.generative else plain
+        raise ConfigError(
+            f"algorithm {name_of(experiment.algorithm)} needs {wants} in model.name, got {experiment.model}."
+        )
+    return task
+
+
+def fitted(task: Task, found: Variables, path: Path, experiment: Experiment) -> Variables:
+    """Returns another run's variables as the task's own: its names alone, its types and device.
+
+    Raises:
+        ConfigError: a tensor is missing or of another shape.
+    """
+    pairs = list(zip(task.initial, found, strict=True))
+    wrong = [k for own, new in pairs for k, v in own.items() if k not in new or new[k].shape != v.shape]
+    if wrong:
+        raise ConfigError(f"start: the model of {path} does not fit this experiment's {experiment.model}: "
+                          f"{len(wrong)} tensors differ, the first is {wrong[0]}. Use the same model and data.")  # fmt: skip
+    return Variables(*({k: new[k].to(v) for k, v in own.items()} for own, new in pairs))

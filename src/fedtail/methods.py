@@ -54,6 +54,11 @@ SECTIONS = (
         head=("head", "head accuracy"), medium=("medium", "medium accuracy"), tail=("tail", "tail accuracy"),
         macro_f1=("macro-F1", "macro-F1"),
     ),
+    _section(
+        "before", "Global model before the server's own steps, global test set",
+        accuracy=("overall", "overall accuracy"), balanced_accuracy=("balanced", "balanced accuracy"),
+        head=("head", "head accuracy"), medium=("medium", "medium accuracy"), tail=("tail", "tail accuracy"),
+    ),
     _section("local", "Global model, local test sets", **_LOCAL),
     _section("tuned", "Tuned models, local test sets", **_LOCAL),
     _section("personal", "Personal models, local test sets", **_LOCAL),
@@ -125,11 +130,13 @@ class Method:
 
     @cached_property
     def numbers(self) -> tuple[dict[str, Any], ...]:
-        """Each run's numbers by section: the last evaluated round's record, "course" and "traffic"."""
+        """Each run's numbers by section: the last evaluated round's record, "before", "course" and "traffic"."""
+        before = [run.last.get("readings", {}).get("before", {}).get("test", {}) for run in self.runs]
         sent = [run.records[-1].get("bytes", {}) for run in self.runs]  # an older run did not count
         traffic = [{"down": b.get("cumulative_down"), "up": b.get("cumulative_up")} for b in sent]
         return tuple(
-            {**run.last, "course": course(run), "traffic": t} for run, t in zip(self.runs, traffic, strict=True)
+            {**run.last, **({"before": known} if known else {}), "course": course(run), "traffic": t}
+            for run, known, t in zip(self.runs, before, traffic, strict=True)
         )
 
     def values(self, key: str) -> dict[int, float | None]:

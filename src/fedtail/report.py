@@ -35,8 +35,8 @@ from fedtail.methods import (
     under,
 )
 from fedtail.models.specs import did_you_mean
+from fedtail.quantiles import t_quantile
 from fedtail.runs import RunRecord, read
-from fedtail.student import t_quantile
 
 
 class Summary(NamedTuple):

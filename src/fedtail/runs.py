@@ -157,6 +157,13 @@ def same_clients(folder: Path, data: FederatedData) -> bool:
         return True
 
 
+def check_clients(folder: Path, data: FederatedData) -> None:
+    """Raises CheckpointError where `same_clients` says no."""
+    if not same_clients(folder, data):
+        raise CheckpointError(f"{folder} began on clients of other sizes than the data here give. Continue a deployment "
+                              "on sites with `flwr run`, and any other run on its own data.")  # fmt: skip
+
+
 def truncate_metrics(folder: Path, size: int) -> None:
     """Cuts metrics.jsonl back to the bytes that the checkpoint knows of, and timings.jsonl to whole lines.
 
@@ -201,6 +208,9 @@ class RunRecord:
     def last(self) -> dict[str, Any]:
         """The last evaluated round's record."""
         evaluated = [r for r in self.records if "test" in r]
+        if not evaluated and len(self.records) == self.config["rounds"]:
+            raise CheckpointError(f"{self.folder} is of a method that makes images and predicts nothing: it has no scores. "
+                                  f"Judge the images with `fedtail quality {self.folder}`.")  # fmt: skip
         if not evaluated:
             raise CheckpointError(
                 f"{self.folder} has no evaluated round yet. Continue it with `fedtail resume {self.folder}`."

@@ -26,6 +26,10 @@ class Stream(IntEnum):
     PROBLEM = 13  # made-up data of tests and examples
     NEWCOMERS = 14
     CLIENT_VALIDATION = 15  # key (client,)
+    PROBE = 16  # labelled images of a teacher's head
+    SAMPLES = 17  # latents that images are drawn from: key (generator,); their order: no key
+    QUALITY = 18  # a judge's own training, subsets of KID
+    ROUND = 19  # random tensors that a round's server and clients share: key (round, crc32 of the name)
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

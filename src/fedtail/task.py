@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedtail import trees
 from fedtail.errors import ConfigError
+from fedtail.models.gan import is_pair
 from fedtail.models.layers import Dropout, replace_dropout
 from fedtail.models.user import find_classifier
 from fedtail.optim import Foreach, ForeachInPlace, Optimizer, Params, PerKey
@@ -133,7 +134,7 @@ def build_task(
     if recurrent:
         raise ConfigError(f"model: the layers {recurrent} are recurrent and keep their weights in a private list, "
                           "which fedtail cannot exchange. Use a convolutional, dense or attention model.")  # fmt: skip
-    dropout = _probe(module, num_classes, input_shape, dtype)
+    dropout = _probe(module, 1 if is_pair(module) else num_classes, input_shape, dtype)
     names = [name for name, _ in module.named_parameters()]
     stages: Any = getattr(module, "stages", None)
     groups: Any = stages() if callable(stages) else [[n] for n in names]
@@ -151,7 +152,7 @@ def build_task(
 
 
 def _probe(
-    module: nn.Module, num_classes: int, input_shape: tuple[int, ...], dtype: torch.dtype
+    module: nn.Module, outputs: int, input_shape: tuple[int, ...], dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], float]]:
     """Runs the network once in evaluation mode: checks the output and sees the shapes that reach Dropout layers."""
     shapes: dict[str, tuple[tuple[int, ...], float]] = {}
@@ -171,10 +172,10 @@ def _probe(
     finally:
         for hook in hooks:
             hook.remove()
-    if not isinstance(out, Tensor) or tuple(out.shape) != (2, num_classes):
+    if not isinstance(out, Tensor) or tuple(out.shape) != (2, outputs):
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ConfigError(
-            f"model: {type(module).__name__} must return logits [batch, {num_classes}], got {got} for a batch of 2."
+            f"model: {type(module).__name__} must return logits [batch, {outputs}], got {got} for a batch of 2."
         )
     return shapes
 
@@ -323,6 +324,15 @@ class Worker:
             return leaf.clone() if _storage(leaf) in owned else leaf
 
         return value.detach(), trees.tree_map(release, aux), grads
+
+    def slope(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Returns d function(x) / dx of a scalar function, [as x]; it can be differentiated further (gradient penalties)."""
+        if self.kind == "vmap":
+            return torch.func.grad(function)(x)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            [found] = torch.autograd.grad(function(leaf), [leaf], create_graph=True)
+        return found
 
     def _own(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Makes gradients fit to be overwritten: autograd may return one tensor twice, or an expanded view."""

@@ -94,7 +94,8 @@ def _obtain(todo: Sequence[Run]) -> None:
     for name in dict.fromkeys(run.experiment.data.name for run in todo):
         if name.startswith(hub.PREFIX):
             hub.require(name)
-    names = dict.fromkeys(run.experiment.data.name for run in todo if not run.experiment.data.folder)
+    wanted = [run.experiment.data for run in todo if not run.experiment.data.folder]
+    names = dict.fromkeys(name for data in wanted for name in (data.name, data.server_from))
     for name in names:
         if name in catalog.REGISTRY:
             with terminal.download_progress() as progress:

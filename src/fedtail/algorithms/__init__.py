@@ -27,6 +27,10 @@ ALGORITHMS: dict[str, str] = {
     "fedrod": "fedtail.algorithms.fedrod:FedROD",
     "fedproto": "fedtail.algorithms.fedproto:FedProto",
     "eqlv2": "fedtail.algorithms.eqlv2:EQLv2",
+    "fedgan": "fedtail.algorithms.fedgan:FedGAN",
+    "effgan": "fedtail.algorithms.effgan:EFFGAN",
+    "mdgan": "fedtail.algorithms.mdgan:MDGAN",
+    "uagan": "fedtail.algorithms.uagan:UAGAN",
     "fedga": "fedtail.algorithms.fedga:FedGA",
     "fedlc": "fedtail.algorithms.fedlc:FedLC",
     "fedrs": "fedtail.algorithms.fedrs:FedRS",
@@ -35,5 +39,9 @@ ALGORITHMS: dict[str, str] = {
     "feddecorr": "fedtail.algorithms.feddecorr:FedDecorr",
     "fedsam": "fedtail.algorithms.fedsam:FedSAM",
     "lightweight": "fedtail.algorithms.lightweight:Lightweight",
+    "server_distillation": "fedtail.algorithms.server_distillation:ServerDistillation",
+    "client_distillation": "fedtail.algorithms.client_distillation:ClientDistillation",
+    "feddf": "fedtail.algorithms.feddf:FedDF",
+    "fedmd": "fedtail.algorithms.fedmd:FedMD",
 }
 """From the name used in configurations to module:Class."""

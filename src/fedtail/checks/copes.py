@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtail import trees
+from fedtail import generation, trees
 from fedtail.algorithm import Client
 from fedtail.checks.agree import ROUNDING, agree
 from fedtail.checks.problems import CLASSES, CONSTANT, PARALLEL, VMAP, Subject, difference
@@ -33,7 +33,10 @@ def moves(subject: Subject) -> None:
 
 def _moved(subject: Subject, problem: str) -> None:
     outcome = subject.outcome(problem)
-    states = [trees.named_leaves(state) for state in (outcome.states[0], outcome.states[-1])]
+    # a generator may live at the server alone, and never be sent
+    kept = outcome.servers if subject.algorithm.generative else [()] * len(outcome.servers)
+    ends = [{"states": outcome.states[i], "server": kept[i]} for i in (0, -1)]
+    states = [trees.named_leaves(end) for end in ends]
     for kind in ("params", "buffers"):
         now = getattr(outcome.final, kind)
         for name, before in getattr(outcome.initial, kind).items():
@@ -141,6 +144,8 @@ def one_example(subject: Subject) -> None:
 )
 def predict(subject: Subject) -> None:
     with contextlib.closing(subject.warm("ragged")) as running, torch.no_grad():
+        if subject.algorithm.generative:
+            return _draws(running)
         x = running.data.prepare(running.data.test["x"], torch.float64)
         for who, logits in _models(running):
             for part in (x[:5], x[:1]):
@@ -149,6 +154,20 @@ def predict(subject: Subject) -> None:
                 if shape != (len(part), CLASSES):
                     raise Broken(f"{who} gives {shape} for {len(part)} inputs, not {(len(part), CLASSES)}.")
         running.score()  # the whole way to the metrics, each client's own model included
+
+
+def _draws(running: Federation) -> None:
+    """What a generative method has in the place of logits: shares of each class that sum to 1, and finite images."""
+    setting = running.engine.setting
+    here = (running.algorithm, setting.task, setting.constants, running.server, running.context().round, setting.seed)
+    found = generation.sampler(*here)
+    shares, images = found.mixture.shares, found.draw(5).images
+    if shares.shape[1] != CLASSES or not torch.isclose(shares.sum(), shares.new_tensor(1.0)) or (shares < 0).any():
+        raise Broken(f"the shares of `generators` are {shares.tolist()}, not [generators, {CLASSES}] >= 0 with the sum 1.",
+                     "Divide what the generators count by its sum.")  # fmt: skip
+    if tuple(images.shape) != (5, *setting.task.input_shape) or not bool(torch.isfinite(images).all()):
+        raise Broken(f"five images have the shape {tuple(images.shape)}, or are not finite.",
+                     "Return the generator's tensors with a first axis of generators.")  # fmt: skip
 
 
 def _models(running: Federation) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
@@ -174,6 +193,8 @@ def _models(running: Federation) -> Iterator[tuple[str, Callable[[Tensor], Any]]
     after="predict",
 )
 def each_alone(subject: Subject) -> None:
+    if subject.algorithm.generative:
+        return  # there is no input but a latent, and images are made in batches of any size
     for problem, needed in (("ragged", ""), ("batchnorm", "BatchNorm"), ("dropout", "Dropout")):
         if needed in subject.broken:
             continue

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from fedtail.engines import EngineOptions
 from fedtail.engines.base import Sink
 from fedtail.experiment import Federation
 from fedtail.models.layers import Network
-from fedtail.models.specs import MLP, ModelSpec, Unified
+from fedtail.models.specs import MLP, ModelSpec, Unified, UserModel
 from fedtail.schedule import Constant, Schedule
 from fedtail.task import Variables
 from fedtail.trees import Tree
@@ -59,6 +60,11 @@ class BatchNormNet(ModelSpec):
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """Makes the network."""
         return ConvNet(input_shape[0], num_classes)
+
+
+def pair(**options: Any) -> ModelSpec:
+    """Returns the generator and discriminator that generative methods get in the place of a network that classifies."""
+    return UserModel(target=f"{Path(__file__).with_name('pair.py')}:Pair", options=options)
 
 
 class Problem(NamedTuple):
@@ -126,8 +132,11 @@ def experiment(
 ) -> Experiment:
     """Returns the experiment of an algorithm on a problem; its data are to be replaced by the problem's."""
     chosen = PROBLEMS[problem]
+    model = chosen.model
+    if algorithm.generative:
+        model = pair(dropout=model.dropout) if isinstance(model, MLP) and model.dropout else pair()
     return Experiment(
-        seed=seed, rounds=ROUNDS, algorithm=algorithm, model=fitting(algorithm, chosen.model), dtype="float64", engine=engine,
+        seed=seed, rounds=ROUNDS, algorithm=algorithm, model=fitting(algorithm, model), dtype="float64", engine=engine,
         local=LocalWork(epochs=2, batch_size=4), participation=Participation(clients=chosen.clients),
         schedule=schedule, evaluation=Evaluation(every=ROUNDS),
     )  # fmt: skip
@@ -184,7 +193,8 @@ class Subject:
     ) -> Federation:  # fmt: skip
         """Returns a federation that is ready for round 0."""
         chosen = PROBLEMS[problem]
-        data = federated(chosen.sizes, chosen.images, self.algorithm.columns, complete=True)
+        wanted = (*self.algorithm.columns, *self.algorithm.server_columns)
+        data = federated(chosen.sizes, chosen.images, wanted, complete=True)
         return Federation(experiment(algorithm or self.algorithm, problem, engine, seed, schedule), data)
 
     def warm(self, problem: str, engine: EngineOptions = LOOP) -> Federation:

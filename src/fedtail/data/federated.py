@@ -46,6 +46,8 @@ class FederatedData:
         server: training indices that the server holds.
         sources: what was loaded, cut and split, in words, for reports.
         held: one int64 array of training indices a client that it keeps out of its training, for validation; empty: none.
+        probe: training indices that a teacher's head is fitted on, nobody else's.
+        class_names: name of each class; empty: not known.
     """
 
     columns: Mapping[str, Any]
@@ -60,6 +62,8 @@ class FederatedData:
     server: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     sources: tuple[str, ...] = ()
     held: Sequence[Array] = ()
+    probe: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    class_names: tuple[str, ...] = ()
 
     local_tests_are: ClassVar[str] = "matched part of the test set"
 
@@ -95,6 +99,14 @@ class FederatedData:
     def test_counts(self) -> Array:
         """Returns the class counts of every client's local test set, int64 [clients, classes]."""
         return self._counts[1].copy()
+
+    def server_rows(self, per_class: int) -> Array:
+        """Returns the server's training indices, or so many of each class (0: all; of unlabelled ones as many in all)."""
+        if not per_class:
+            return self.server
+        y = self._labels[0][self.server]
+        many = {int(c): per_class if c >= 0 else per_class * self.num_classes for c in np.unique(y)}
+        return np.sort(np.concatenate([self.server[y == c][:n] for c, n in many.items()]))
 
     @cached_property
     def _counts(self) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtail.data.images import ImageFiles
+from fedtail.errors import DataError
 
 Array = np.ndarray[Any, Any]
 
@@ -98,6 +99,47 @@ class LazyImages:
         if dim != 0:
             raise ValueError(f"LazyImages.index_select: dim must be 0, got {dim}.")
         return self.decoder.images(self.files, index.numpy(force=True)).to(self.device)
+
+
+class PartColumn:
+    """A column that has values for some rows alone, behind the part of a tensor's interface that a column needs.
+
+    Args:
+        values: [n, ...], on the device of the data.
+        rows: which rows they are, (n,) int64.
+        total: number of rows of the whole column.
+        name: the column's, for messages.
+    """
+
+    def __init__(self, values: Tensor, rows: Tensor, total: int, name: str):
+        self.values, self.name = values, name
+        self.shape, self.dtype, self.device = torch.Size((total, *values.shape[1:])), values.dtype, values.device
+        self._place = torch.full((total,), -1, dtype=torch.int64, device=values.device)
+        self._place[rows.to(values.device)] = torch.arange(len(rows), device=values.device)
+
+    def __len__(self) -> int:
+        """Number of rows, with values or without."""
+        return len(self._place)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return self.values.nbytes
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Returns the values of these rows, [n, ...].
+
+        Args:
+            dim: 0.
+            index: (n,) int64.
+
+        Raises:
+            DataError: a row has none.
+        """
+        place = self._place.index_select(dim, index)
+        if len(place) and int(place.min()) < 0:
+            raise DataError(f"data: the column {self.name!r} has no value for row {int(index[place.argmin()])}.")
+        return self.values.index_select(dim, place)
 
 
 Column = Tensor | LazyImages

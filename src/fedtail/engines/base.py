@@ -4,9 +4,10 @@ import contextlib
 import math
 import sys
 import threading
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedtail import trees
-from fedtail.algorithm import Algorithm, Client, Context, Round
+from fedtail.algorithm import Algorithm, Client, Context, Round, as_tensor
 from fedtail.data.augment import augment_draws
 from fedtail.data.federated import FederatedData
 from fedtail.data.plan import Array, LocalWork, Plan, make_plan
@@ -222,12 +223,19 @@ class Setting:
             **augment_draws(self.data.augmentation, size),
         }
 
+    def shared(self, index: int) -> dict[str, Tensor]:
+        """Returns the draws that server and clients share in round `index`."""
+        wanted = self.algorithm.round_draws(self.task, self.work.batch_size)
+        keys = {name: zlib.crc32(name.encode()) for name in wanted}
+        found = {n: draw.sample(generator(self.seed, Stream.ROUND, index, keys[n]), 1)[0] for n, draw in wanted.items()}
+        return {name: as_tensor(value, self.task.dtype, self.task.device) for name, value in found.items()}
+
     def plans(self, round: Round, trained: int, ids: Sequence[int]) -> dict[int, Plan]:
         """Returns the plan of each client that has at least one step."""
-        draws, rows = self.draws if round.phase.local else {}, self.rows(round)
-        plans = {
-            i: make_plan(self.seed, round.index, trained, i, rows[i], self.work, draws, round.phase.local) for i in ids
-        }
+        phase, work, rows = round.phase, self.work, self.rows(round)
+        draws = self.draws if phase.local else {}
+        work = replace(work, epochs=phase.epochs, steps=0) if phase.epochs else work
+        plans = {i: make_plan(self.seed, round.index, trained, i, rows[i], work, draws, phase.local) for i in ids}
         return {i: plan for i, plan in plans.items() if len(plan.lengths)}
 
     def rows(self, round: Round) -> Sequence[Array]:

@@ -19,8 +19,14 @@ GATHER = 1024  # examples that are gathered and prepared at once: large enough t
 VALUES = 1 << 22  # of inputs that are gathered at once: fewer examples where one is large, but a batch at least
 
 
-def iterate(setting: Setting, plan: Plan) -> Any:
-    """Yields the plan's batches; examples are gathered, augmented and prepared for many steps at once."""
+def iterate(setting: Setting, plan: Plan, wanted_columns: Sequence[str] = ()) -> Any:
+    """Yields the plan's batches; examples are gathered, augmented and prepared for many steps at once.
+
+    Args:
+        setting: what stays the same.
+        plan: whose batches.
+        wanted_columns: what a batch carries; empty: the algorithm's columns.
+    """
     task, data = setting.task, setting.data
     draws = {name: as_tensor(value, task.dtype, task.device) for name, value in plan.draws.items()}
     wanted = setting.draws
@@ -38,7 +44,9 @@ def iterate(setting: Setting, plan: Plan) -> Any:
             for name, value in draws.items()
             if name.startswith("augment:")
         }
-        columns = data.gather(order[offset : offset + count], task.dtype, flat, setting.algorithm.columns)
+        columns = data.gather(
+            order[offset : offset + count], task.dtype, flat, wanted_columns or setting.algorithm.columns
+        )
         parts = {name: value.split(lengths) for name, value in columns.items()}
         for i, n in enumerate(lengths):
             cut = {k: v[step + i, :n] if wanted[k].per_example else v[step + i] for k, v in draws.items()}

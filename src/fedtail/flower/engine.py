@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from fedtail.algorithm import Client, Round
 from fedtail.data.plan import Plan
@@ -165,10 +166,13 @@ class FlowerEngine(Engine):
         """Returns a result of this phase, of one step on test images: what every answer must look like, whatever its values."""
         setting, data = self.setting, self.setting.data
         rows = np.arange(min(len(data.test["y"]), setting.work.batch_size))
+        others = {name: torch.zeros(len(rows), *column.shape[1:], dtype=column.dtype, device=setting.task.device)
+                  for name, column in data.columns.items() if name not in data.test}  # fmt: skip
+        columns = {**data.test, **others}
         owners = [rows if k == client else rows[:0] for k in range(data.clients)]
         trial = dataclasses.replace(
             setting,
-            data=dataclasses.replace(data, columns={**data.columns, **data.test}, owners=owners, held=owners),
+            data=dataclasses.replace(data, columns=columns, owners=owners, held=owners),
             work=dataclasses.replace(setting.work, steps=1, epochs=1),
         )
         plans = trial.plans(round, trained, [client])

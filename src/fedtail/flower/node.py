@@ -98,6 +98,8 @@ class Node:
         setting = self.setting(asked["stage"], content.get("initial"), asked["tuning"])
         device, own = setting.task.device, type(self.experiment.algorithm).__module__
         round, trained = wire.asked(content, setting.task.dtype, device)
+        shapes = {name: tuple(column.shape[1:]) for name, column in self.data.columns.items()}
+        round = round._replace(columns=shapes, draws=setting.shared(round.index))
         states: dict[int, Tree] = {}
         source, key = (memory, f"state {asked['tag']}") if asked["tag"] else (content, "state")
         if key in source:

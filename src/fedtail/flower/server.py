@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedtail import config
+from fedtail import config, teaching
 from fedtail.algorithm import Algorithm
 from fedtail.config import Experiment
 from fedtail.data.federated import FederatedData
@@ -53,6 +53,8 @@ def refuse(experiment: Experiment, options: Options) -> None:
     if algorithm.shares_counts and not options.share_counts:
         raise ConfigError(f"{name} needs the number of examples of each class over all sites. If the sites agree to tell the "
                           "server theirs: fedtail deploy --share-counts.")  # fmt: skip
+    if experiment.data.server_from or {*algorithm.columns, *algorithm.server_columns} & {*teaching.TEACHER}:
+        raise ConfigError("sites with data of their own: teachers and data.server_from are only for a rehearsal.")
     if evaluation.local_models:
         raise ConfigError("sites do not have the global test set: set evaluation.local_models = 0.")
     if not isinstance(evaluation.groups, Explicit) and not (

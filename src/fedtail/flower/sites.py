@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from fedtail import config
+from fedtail import config, teaching
 from fedtail.config import Data, Experiment
 from fedtail.data import formats, hub
 from fedtail.data.catalog import load
@@ -21,7 +21,7 @@ from fedtail.data.federated import FederatedData
 from fedtail.data.lazy import Decoder, column
 from fedtail.data.partition import validation_split
 from fedtail.errors import ConfigError, DataError
-from fedtail.federation import federate, hold_out
+from fedtail.federation import hold_out, suited
 from fedtail.seeds import Stream, generator
 
 Array = np.ndarray[Any, Any]
@@ -135,7 +135,7 @@ def node_data(experiment: Experiment, form: Form, sites: int, client: int, path:
         if path:
             raise ConfigError("this app rehearses on the experiment's own partition. Leave `data` out of --node-config, or "
                               "write the app anew with fedtail deploy --sites N.")  # fmt: skip
-        data = federate(experiment.data, experiment.seed, experiment.device)
+        data = suited(teaching.furnish(experiment), experiment.algorithm)
         if not 0 <= client < data.clients:
             raise ConfigError(f"client must be in [0, {data.clients - 1}], the experiment's clients; got {client}.")
         return data
@@ -148,8 +148,9 @@ def node_data(experiment: Experiment, form: Form, sites: int, client: int, path:
     owners, held = hold_out(owners, experiment.data.client_validation, experiment.seed)
     tests = [np.arange(len(test)) if test is not None and k == client else none for k in range(sites)]
     scale = (form.mean, form.std) if experiment.data.normalise else ((), ())
-    return FederatedData(_columns(train, experiment.device), owners, _columns(test or train, experiment.device), tests,
+    data = FederatedData(_columns(train, experiment.device), owners, _columns(test or train, experiment.device), tests,
                          len(form.classes), *scale, experiment.data.augmentation, held=held)  # fmt: skip
+    return suited(data, experiment.algorithm)
 
 
 def _columns(split: Split, device: str) -> dict[str, torch.Tensor]:

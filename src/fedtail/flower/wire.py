@@ -154,8 +154,8 @@ def ask(round: Round, trained: int, message: Tree, states: str, tuning: bool = F
     facts = {"index": round.index, "cohort": round.cohort, "population": round.population, "rounds": round.rounds,
              "lr_scale": float(round.lr_scale), "stage": round.stage, "holders": round.holders, "trained": trained,
              "phase": round.phase.name, "phase_cohort": round.phase.cohort, "reduce": round.phase.reduce,
-             "local": round.phase.local, "split": round.phase.split, "states": states, "tuning": tuning,
-             "protocol": PROTOCOL}  # fmt: skip
+             "local": round.phase.local, "split": round.phase.split, "epochs": round.phase.epochs,
+             "states": states, "tuning": tuning, "protocol": PROTOCOL}  # fmt: skip
     records = {"ask": app.ConfigRecord({**facts, "form": structure(message)}), "message": pack(message, "message")}
     if round.counts is not None:
         records["counts"] = pack(round.counts, "counts")
@@ -170,7 +170,7 @@ def asked(content: Mapping[str, Any], dtype: torch.dtype, device: torch.device) 
             f"the server speaks protocol {a['protocol']}, this node {PROTOCOL}. Install the same fedtail."
         )
     counts = read(content["counts"]["counts"]).to(device, dtype) if "counts" in content else None
-    phase = Phase(a["phase"], a["phase_cohort"], a["reduce"], a["local"], a["split"])
+    phase = Phase(a["phase"], a["phase_cohort"], a["reduce"], a["local"], a["epochs"], a["split"])
     round = Round(a["index"], phase, a["cohort"], a["population"], a["rounds"], a["lr_scale"], a["stage"], a["holders"],
                   counts)  # fmt: skip
     return round, a["trained"]

@@ -1,6 +1,8 @@
 """Networks by name: their options here, without torch; the modules themselves are imported when one is built."""
 
 from fedtail.models.specs import (
+    DCGAN28,
+    DCGAN32,
     MLP,
     MODELS,
     BranchCNN,
@@ -17,6 +19,8 @@ from fedtail.models.specs import (
 )
 
 __all__ = [
+    "DCGAN28",
+    "DCGAN32",
     "MLP",
     "MODELS",
     "BranchCNN",

@@ -14,13 +14,15 @@ do: whoever builds a network seeds that generator, and puts its state back.
     resnet50   23,528,522                                           2,048
     branch_cnn 9,310; 6,930 (1x28x28)                               720; 500 (1x28x28)
     unified    19,622; 14,862 (1x28x28)                             32
+    dcgan28    generator 759,680, discriminator 138,624 (1x28x28)   none: it makes images
+    dcgan32    generator 1,068,928, discriminator 663,296           none: it makes images
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from fedtail.errors import ConfigError, did_you_mean
 from fedtail.userfile import split_target
@@ -210,6 +212,58 @@ class ResNet50(_StemResNet):
 
 
 @dataclass(frozen=True, kw_only=True)
+class _DCGAN(ModelSpec):
+    """What the adversarial pairs share."""
+
+    doublings: ClassVar[int]  # from the generator's first map to the image
+
+    width: int = 64
+    """Channels of the discriminator's first layer, >= 1; each further one has twice as many. 32 is half width."""
+
+    latent: int = 100
+    """Number of latents, >= 1; 64 goes with half width."""
+
+    norm: Norm = "batch"
+    """Normalisation: "batch" (BatchNorm, whose statistics travel with the model) or "group" (GroupNorm, has none)."""
+
+    conditional: bool = False
+    """Both networks are told the class, by learned embeddings."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.latent < 1:
+            raise ConfigError(f"{type(self).__name__}: width and latent must be >= 1, got {self.width}, {self.latent}.")
+        if self.norm not in get_args(Norm):
+            raise ConfigError(f"{type(self).__name__}.norm must be 'batch' or 'group', got {self.norm!r}.")
+
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """Make the pair for images whose sides are multiples of 4 (dcgan28) or 8 (dcgan32); see `ModelSpec.build`."""
+        name, step = type(self).__name__.lower(), 2**self.doublings
+        _check(name, input_shape, num_classes, images=True)
+        channels, height, width = input_shape
+        if height % step or width % step:
+            raise ConfigError(f"model {name} needs images whose height and width are multiples of {step}, got {height} x "
+                              f"{width}. Use dcgan28 for multiples of 4, or resize them (data.image_size).")  # fmt: skip
+        from fedtail.models.gan import DCGAN
+
+        maps = tuple(self.width << i for i in range(self.doublings))
+        return DCGAN((channels, height, width), num_classes if self.conditional else 0, self.latent, maps, self.norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCGAN28(_DCGAN):
+    """Generator and discriminator with two strided layers each, for MNIST and Fashion-MNIST (DCGAN, ICLR 2016)."""
+
+    doublings: ClassVar[int] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCGAN32(_DCGAN):
+    """Generator and discriminator with three strided layers each, for CIFAR-10 and SVHN (DCGAN, ICLR 2016)."""
+
+    doublings: ClassVar[int] = 3
+
+
+@dataclass(frozen=True, kw_only=True)
 class BranchCNN(ModelSpec):
     """Two 3x3 convolutions (10 and 20 channels) and a classifier; one branch of `unified`, for images of 10 pixels or more."""
 
@@ -285,6 +339,8 @@ MODELS: dict[str, type[ModelSpec]] = {
     "resnet50": ResNet50,
     "branch_cnn": BranchCNN,
     "unified": Unified,
+    "dcgan28": DCGAN28,
+    "dcgan32": DCGAN32,
 }
 """The networks by name; a network of the user's own has a `UserModel` instead of a name."""
 

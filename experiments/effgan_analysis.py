@@ -1,0 +1,186 @@
+"""Judges the runs of an EFFGAN sweep, prints a table over seeds, and draws FID against bytes and the sample grids.
+
+    python experiments/effgan_analysis.py experiments/results/effgan_fashion_mnist
+
+Features of the small classifier judge 10,000 images of every reading; those of the ImageNet encoder (extra teachers), which
+are a hundred times as slow, 2,000 of the ensemble and of FedGAN's mean. What is judged is kept in each run folder
+(quality-FEATURE-COUNT.json), so that the script can be stopped and run again.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fedtail import assessment, config, generation, runs
+from fedtail.algorithms.effgan import EFFGAN
+from fedtail.algorithms.mdgan import MDGAN
+from fedtail.files import write_atomic
+
+NAMES = {
+    "model": "EFFGAN",
+    "averaged": "FedGAN",
+    "recalibrated": "FedGAN, statistics anew",
+    "common": "start of the fine-tuning",
+}
+COLUMNS = ("fid", "kid", "precision", "recall", "density", "coverage", "modes", "mode_kl", "confidence", "purity")
+
+
+def main():
+    """Judges, prints, draws."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--features", nargs="+", default=["classifier:10000", "efflite0:2000"], metavar="FEATURE:COUNT")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    found = sorted(p.parent for p in options.folder.glob("*/config.toml"))
+    found = [run for run in found if runs.rounds_done(run) == config.load(run).rounds]
+    features = [(name, int(count)) for name, _, count in (text.partition(":") for text in options.features)]
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:  # the slow part
+        list(pool.map(judge, *zip(*((run, *feature) for run in found for feature in features), strict=True)))
+    for feature, count in features:
+        rows = [row for run in found for row in judged(run, feature, count)]
+        print(f"\n## {feature}, {count} images: {', '.join(sorted({row['feature'] for row in rows}))}\n")
+        table(rows)
+        picture(rows, options.folder / f"fid-bytes-{feature}.png")
+        if feature == "classifier":
+            experts(found, count)
+    grids(found, options.folder / "grids.png")
+
+
+def judge(run, feature, count):
+    """Judges a run, at most once; returns where the result is."""
+    kept = run / f"quality-{feature}-{count}.json"
+    if not kept.is_file():
+        torch.set_num_threads(1)
+        full = feature == "classifier"
+        found = assessment.assess(run, feature, count, full=full, only=() if full else ("averaged",))
+        write_atomic(kept, json.dumps(found))
+    return kept
+
+
+def judged(run, feature, count):
+    """The readings of a run as rows."""
+    found, whole = json.loads(judge(run, feature, count).read_text()), config.load(run)
+    setting = run.name.rpartition("-seed")[0]
+    record = runs.read(run).records[-1]
+    for name, scores in found["readings"].items():
+        if isinstance(whole.algorithm, EFFGAN) and whole.rounds == 1 and name in ("averaged", "recalibrated"):
+            continue  # the mean of clients that never met is nobody's method
+        method = NAMES[name] if isinstance(whole.algorithm, EFFGAN) else type(whole.algorithm).__name__
+        method = "alone" if method == "EFFGAN" and whole.rounds == 1 else method
+        yield {"setting": setting, "method": method, "seed": whole.seed, "feature": found["feature"], "floor": found["floor"],
+               "megabytes": bytes_sent(run, whole, name) / 1e6, "drift": record["diagnostics"].get("drift"),
+               "memory": found.get("memory", {}).get("ratio") if name == "model" else None,
+               "use": found.get("use", {}).get("accuracy") if name == "model" else None, **scores}  # fmt: skip
+
+
+def bytes_sent(run, whole, reading):
+    """Bytes of parameters and images that travel in all, both directions, full participation."""
+    found = generation.load(run)
+    size = {p: sum(v.numel() for k, v in found.task.initial.params.items() if k.startswith(p)) for p in ("gen", "dis")}
+    clients = len(runs.read(run).counts)
+    if isinstance(whole.algorithm, MDGAN):
+        pixels = int(np.prod(found.task.input_shape))
+        swaps = whole.rounds // whole.algorithm.swap_every if whole.algorithm.swap_every else 0
+        return 4 * clients * (whole.rounds * 3 * whole.local.batch_size * pixels + swaps * size["dis"])
+    if clients == 1:
+        return 0
+    every = 2 * whole.rounds * clients * (size["gen"] + size["dis"])
+    if reading == "common":
+        return 4 * every * (whole.rounds - 1) // whole.rounds
+    last = clients * size["dis"] if isinstance(whole.algorithm, EFFGAN) and reading == "model" else 0
+    return 4 * (every - last)
+
+
+def table(rows):
+    """Prints mean and standard deviation over seeds as Markdown."""
+    columns = ("megabytes", "floor", *COLUMNS, "drift", "memory", "use")
+    print("| setting | method | seeds |", " | ".join(columns), "|")
+    print("|---|---|---:|" + "---:|" * len(columns))
+    rows = sorted(rows, key=lambda r: (r["setting"], r["method"]))
+    for (setting, method), group in itertools.groupby(rows, key=lambda r: (r["setting"], r["method"])):
+        group = list(group)
+        cells = [cell([r[c] for r in group if r.get(c) is not None]) for c in columns]
+        print(f"| {setting} | {method} | {len(group)} | " + " | ".join(cells) + " |")
+
+
+def experts(found, count):
+    """Prints experts beside their ensemble, from 1,000 images each, and whether they repeat their clients' images."""
+    print("\n| setting | seeds | purity, lowest | recall, best expert | ensemble | coverage, best expert | ensemble "
+          "| precision, mean of experts | ensemble | nearer than 99 % of held-out images |")  # fmt: skip
+    print("|---|---:|" + "---:|" * 8)
+    kept = {}
+    for run in found:
+        members = json.loads(judge(run, "classifier", count).read_text())
+        if "experts" in members:
+            each = {name: values[:-1] for name, values in members["experts"].items()}
+            whole = {name: values[-1] for name, values in members["experts"].items()}
+            row = (min(each["purity"]), max(each["recall"]), whole["recall"], max(each["coverage"]), whole["coverage"],
+                   np.mean(each["precision"]), whole["precision"], members["memory"]["closer"])  # fmt: skip
+            kept.setdefault(run.name.rpartition("-seed")[0], []).append(row)
+    for setting, rows in kept.items():
+        print(f"| {setting} | {len(rows)} | " + " | ".join(cell(values) for values in zip(*rows, strict=True)) + " |")
+
+
+def cell(values):
+    """Mean and, of several values, their standard deviation."""
+    if not values:
+        return ""
+    mean = f"{np.mean(values):.3g}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.2g}"
+
+
+def picture(rows, path):
+    """FID against megabytes, a panel a setting but for its last word (k5-e20: k5), where runs differ in their bytes."""
+    sent = {}
+    for row in rows:
+        sent.setdefault(row["setting"].rpartition("-")[0], set()).add(row["setting"])
+    panels = sorted(panel for panel, settings in sent.items() if len(settings) > 1)
+    if not panels:
+        return
+    figure = Figure(figsize=(3.4 * len(panels), 2.8), layout="constrained")
+    for place, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for method in ("FedGAN", "EFFGAN", "MDGAN", "alone"):
+            points = {}
+            for row in rows:
+                if row["method"] == method and row["setting"].rpartition("-")[0] == panel:
+                    points.setdefault(row["megabytes"], []).append(row["fid"])
+            order = sorted(points)
+            place.errorbar(order, [np.mean(points[x]) for x in order], [np.std(points[x]) for x in order], marker="o",
+                           markersize=3.5, linewidth=1.2, label=method)  # fmt: skip
+        place.set(xscale="log", yscale="log", xlabel="megabytes sent", ylabel="Frechet distance", title=panel)
+        place.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=200)
+    print(f"\n{path}")
+
+
+def grids(found, path):
+    """Forty images of every reading of the runs of the first seed, a row of the picture each."""
+    strips = []
+    for run in found:
+        whole = config.load(run)
+        if whole.seed != min(config.load(other).seed for other in found):
+            continue
+        for name, way in assessment.readings(generation.load(run)).items():
+            pixels = generation.to_bytes(way.draw(40, shuffle=False).images)
+            strips.append(generation.grid(pixels, 20))
+            print(f"strip {len(strips)}: {run.name} {NAMES[name] if isinstance(whole.algorithm, EFFGAN) else name}")
+    for channels in {s.shape[2] for s in strips}:
+        some = [s for s in strips if s.shape[2] == channels]
+        width = max(s.shape[1] for s in some)
+        sheet = np.concatenate(
+            [np.pad(s, ((0, 6), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in some]
+        )
+        Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path.with_stem(f"{path.stem}-{channels}"))
+
+
+if __name__ == "__main__":
+    main()
