@@ -3,6 +3,7 @@
 #   make demo                      install, obtain Fashion-MNIST, train, write runs/demo/report.html
 #   make demo TORCH_INDEX=URL      the same, with torch from an index of CPU wheels
 #   make test                      lint, types, all tests, the wheel; CI runs exactly this
+#   make flower                    deployments: an environment of its own with Flower, which needs older packages than we do
 #   make lint | docs | fast | slow parts of it; `make docs` leaves the pages in site/
 #   make format                    mend what the linter can mend
 #   make experiments               repeat the experiments of docs/results.md (hours; resumable)
@@ -15,10 +16,10 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs fast slow wheel format experiments clean
+.PHONY: help demo test flower lint docs fast slow wheel format experiments clean
 
 help:
-	@sed -n '3,11s/^# *//p' Makefile
+	@sed -n '3,12s/^# *//p' Makefile
 
 # A torch that $(PYTHON) already has is used as it is; otherwise the constrained version is installed.
 $(VENV)/bin/python:
@@ -58,6 +59,12 @@ fast: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow -n 2 --durations=5
+
+# A real federation of processes on loopback; some minutes. A torch that $(PYTHON) already has is used as it is.
+flower:
+	$(PYTHON) -m venv --system-site-packages .venv-flower
+	.venv-flower/bin/pip install --quiet --disable-pip-version-check -c constraints-flower.txt -e '.[flower,privacy]' pytest hypothesis
+	.venv-flower/bin/python -m pytest tests/test_flower.py tests/test_flower_engine.py tests/test_flower_faults.py --durations=5
 
 # The wheel is what users install: build it, and run it from a folder of its own.
 wheel: $(VENV)/.dev

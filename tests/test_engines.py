@@ -528,6 +528,20 @@ def result(client, weight, value, examples=1, **metrics):
     return Result(client, update, weight, (), {k: torch.tensor(v) for k, v in metrics.items()}, examples)
 
 
+@pytest.mark.parametrize("when", [0, 1, 2])
+def test_a_client_that_drops_out_leaves_the_mean_of_the_others(when):
+    """Weights 1 and 3, values 0 and 4: 3, whenever client 5 between them is given up; its weight is not in the total."""
+    sink = Sink([2, 5, 9])
+    steps = [lambda: sink.add(result(9, 3.0, 4.0)), lambda: sink.add(result(2, 1.0, 0.0))]
+    steps.insert(when, lambda: sink.drop(5, "gone"))
+    for do in steps:
+        do()
+    assert sink.mean()["w"].tolist() == [3.0, 3.0]
+    assert (sink.total, sink.examples, [answer.client for answer in sink.answers]) == (4.0, 2, [2, 9])
+    assert sink.facts() == {"dropped": {"5": "gone"}}
+    assert Sink([0]).facts() == {}
+
+
 def test_the_mean_by_hand():
     """Weights 1 and 3, values 0 and 4: 3, for floats and integers. Weights 1 and 1, values 0 and 3: 1.5, or the integer 2."""
     sink = Sink([0, 1])

@@ -15,7 +15,7 @@ import tyro
 
 from fedtail.errors import ConfigError, FedtailError, did_you_mean
 from fedtail.options import InspectOptions, RunOptions, SweepOptions
-from fedtail.verbs import demo, quality, sample
+from fedtail.verbs import demo, deploy, node_check, quality, sample, teacher, watch
 
 if TYPE_CHECKING:
     from fedtail.config import Experiment
@@ -31,6 +31,7 @@ usage: fedtail VERB ... (fedtail VERB --help tells more)
   resume RUN           continue a run that was stopped, bit for bit
   evaluate RUN         scores of a run's checkpoint on a split
   export RUN           the network as ONNX and safetensors, with size, operations, latency and a model card
+  watch RUN            a page that shows the run while it goes on, in the browser
   compare RUN...       one table over seeds; refuses runs that differ in more than the method
   plot KIND RUN...     pictures: partition, classes, groups, curves, prior, balance, clients, asymmetry, tradeoff
   report RUN...        one self-contained HTML page
@@ -41,6 +42,8 @@ usage: fedtail VERB ... (fedtail VERB --help tells more)
   list WHAT            algorithms, losses, models, teachers, datasets, partitions
   check NAME           test an algorithm, FILE.py:Name for your own, by the rules that every method must keep
   show NAME            equations, options and differences from the paper of an algorithm or a loss
+  deploy EXP DIR       write a Flower app that runs the experiment on real nodes
+  node check APP       say whether a site's data fit such an app, before it joins
   data get NAME        obtain a data set;  data add NAME PATH: import files that you have
   demo                 FedAvg and Fed-GraB on long-tailed Fashion-MNIST, with a report
 
@@ -82,10 +85,15 @@ def evaluate(
     """
     import contextlib
 
-    from fedtail import terminal
+    from fedtail import runs, terminal
     from fedtail.experiment import reopen
 
-    with contextlib.closing(reopen(run, checkpoint)) as federation:
+    federation = reopen(run, checkpoint)
+    if not runs.same_clients(run, federation.data):
+        from fedtail.flower import server
+
+        federation = server.reopen_sites(run, checkpoint, split)
+    with contextlib.closing(federation):
         if federation.algorithm.generative:
             raise ConfigError(
                 f"{run} has generators, which predict nothing. Judge their images with `fedtail quality {run}`."
@@ -187,20 +195,6 @@ def report(runs: Positional[tuple[Path, ...]], output: Path = Path("report.html"
     command = shlex.join(["fedtail", "report", *map(str, runs), *(f"--allow={key}" for key in allow)])
     html.report(list(runs), output, command, allow=allow)
     print(output)
-
-
-def teacher(run: Positional[Path], calls: int = 50, json: bool = False) -> None:
-    """A run's teacher beside its student: parameters, operations, latency, memory, accuracy on the test set.
-
-    Args:
-        run: a run folder, or an experiment's file, whose student is untrained.
-        calls: timed calls of each.
-        json: print JSON.
-    """
-    from fedtail import student
-
-    found = student.compare(run, calls)
-    print(_json(found) if json else student.to_text(found))
 
 
 def show(name: Positional[str]) -> None:
@@ -327,7 +321,8 @@ def parse_experiment(verb: str, options: type, arguments: list[str]) -> Any:
     table = config.to_dict(config.load(file) if file else config.Experiment())
     rest = config.pick_names(table, arguments[1:] if file else arguments)
     experiment: Experiment = config.from_dict(config.Experiment, table)
-    return typed(f"{verb} [EXP]", options, "experiment", experiment, rest, file=file)
+    given = {"file": file} if hasattr(options, "file") else {}
+    return typed(f"{verb} [EXP]", options, "experiment", experiment, rest, **given)
 
 
 def typed(verb: str, options: type, name: str, value: Any, arguments: list[str], **given: Any) -> Any:
@@ -343,9 +338,9 @@ def typed(verb: str, options: type, name: str, value: Any, arguments: list[str],
 TYPED: dict[str, Callable[..., None]] = {
     "resume": resume, "evaluate": evaluate, "export": export, "compare": compare, "plot": plot, "report": report,
     "teacher": teacher, "sample": sample, "quality": quality, "show": show, "list": list_, "demo": demo,
-    "data get": data_get, "data add": data_add,
+    "data get": data_get, "data add": data_add, "node check": node_check, "watch": watch,
 }  # fmt: skip
-FREE: dict[str, Callable[[list[str]], None]] = {"run": run, "inspect": inspect, "check": check}
+FREE: dict[str, Callable[[list[str]], None]] = {"run": run, "inspect": inspect, "check": check, "deploy": deploy}
 
 
 def dispatch(arguments: list[str]) -> None:
@@ -359,9 +354,9 @@ def dispatch(arguments: list[str]) -> None:
         print(__version__)
         return
     verb, rest = arguments[0], arguments[1:]
-    if verb == "data" and rest:
-        verb, rest = f"data {rest[0]}", rest[1:]
-    if verb in ("data -h", "data --help"):
+    if verb in ("data", "node") and rest:
+        verb, rest = f"{verb} {rest[0]}", rest[1:]
+    if verb in ("data -h", "data --help", "node -h", "node --help"):
         print(HELP)
         return
     if verb in FREE:

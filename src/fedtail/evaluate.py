@@ -11,10 +11,19 @@ from torch import Tensor
 from fedtail.algorithm import Algorithm, Client, Context, Phase, Round
 from fedtail.data.federated import FederatedData
 from fedtail.data.members import Members
-from fedtail.engines.base import Engine, Sink, blame
+from fedtail.engines.base import Engine, Scores, Sink, blame
 from fedtail.engines.local_models import soft_confusion
 from fedtail.errors import ConfigError, TrainingError
-from fedtail.metrics import Cumulative, Floats, GroupRule, ShotGroups, asymmetry_scores, client_spread, from_confusion
+from fedtail.metrics import (
+    Cumulative,
+    Floats,
+    GroupRule,
+    ShotGroups,
+    asymmetry_scores,
+    client_scores,
+    from_confusion,
+    spread,
+)
 from fedtail.personalise import PIECE, Finetune
 from fedtail.task import Worker
 from fedtail.trees import Tree
@@ -67,11 +76,16 @@ def shot_groups(rule: GroupRule, data: FederatedData) -> ShotGroups:
     return rule.split(data.test_counts().sum(0) if rule.counts_of == "local_test" else data.class_totals())
 
 
-def local_groups(rule: GroupRule, data: FederatedData) -> list[ShotGroups] | ShotGroups:
-    """Returns each client's groups: of its own local test counts where the rule is about those."""
+def local_groups(rule: GroupRule, data: FederatedData) -> list[ShotGroups]:
+    """Returns each client's groups: of its own local test counts where the rule is about those, else everyone's."""
     if rule.counts_of == "local_test":
         return [rule.split(row) for row in data.test_counts()]
-    return shot_groups(rule, data)
+    return [shot_groups(rule, data)] * data.clients
+
+
+def readings(algorithm: Algorithm) -> dict[str, Algorithm]:
+    """Returns all ways to predict that are judged, the method's own first, as ""."""
+    return {"": algorithm, **algorithm.readings()}
 
 
 def confusion(true: Counts, predicted: Counts, classes: int) -> Counts:
@@ -120,13 +134,19 @@ class Judge:
         return found
 
     def _test(self) -> dict[str, Any]:
-        algorithm = self.engine.setting.algorithm
-        others = {name: self._reading(other) for name, other in algorithm.readings().items()}
-        others |= {name: replace(self, message=other)._reading(algorithm) for name, other in self.beside.items()}
-        return {**self._reading(algorithm), **({"readings": others} if others else {})}
+        theirs, data = None, self.engine.setting.data
+        if self.options.local:
+            groups = local_groups(self.options.groups, data)
+            theirs = self.engine.client_scores(self.round, self.message, self.states, groups)
+        algorithm, others = self.engine.setting.algorithm, dict[str, Any]()
+        for i, (name, way) in enumerate(readings(algorithm).items()):
+            others[name] = self._reading(way, None if theirs is None else [each[i] for each in theirs])
+        for name, other in self.beside.items():  # of the server's, which clients do not know
+            others[name] = replace(self, message=other)._reading(algorithm, None if theirs is None else [])
+        return {**others.pop(""), **({"readings": others} if others else {})}
 
-    def _reading(self, algorithm: Algorithm) -> dict[str, Any]:
-        """Returns the scores of one way to predict."""
+    def _reading(self, algorithm: Algorithm, theirs: Sequence[Mapping[str, Scores]] | None) -> dict[str, Any]:
+        """Returns the scores of one way to predict; `theirs`: what the clients found by themselves."""
         data = self.engine.setting.data
         everyone = range(data.clients)
         true = data.test["y"].numpy(force=True)
@@ -134,14 +154,19 @@ class Judge:
         found = {"test": self._global(f"global test set, {len(true)} examples", true, labels, soft)}
         if not self.options.local:
             return found
+        if theirs is not None:
+            kinds = (("local", "newcomers"), ("personal", "")) if algorithm.personal else (("local", "newcomers"),)
+            for kind, apart in kinds if theirs else ():
+                found |= self._spread(kind, [each[kind] for each in theirs], apart)
+            return found
         each = (
             [labels[rows] for rows in data.local_tests]
             if self.options.label_mask == "none"
             else self.each(algorithm, False, everyone)
         )
-        found |= self._spread("local", each, "newcomers")
+        found |= self._spread("local", self.own_scores(each), "newcomers")
         if algorithm.personal:
-            found |= self._spread("personal", self.each(algorithm, True, everyone))
+            found |= self._spread("personal", self.own_scores(self.each(algorithm, True, everyone)))
         return found
 
     def tuned(self) -> dict[str, Any]:
@@ -159,7 +184,7 @@ class Judge:
         labels = dict(zip(rest, self.each(self.engine.setting.algorithm, False, rest), strict=True))
         for piece in np.array_split(some, max(-(-len(some) // PIECE), 1)):
             labels.update(zip(piece.tolist(), self._piece(piece.tolist()), strict=True))
-        return self._spread("tuned", [labels[k] for k in range(data.clients)], "newcomers_tuned")
+        return self._spread("tuned", self.own_scores([labels[k] for k in range(data.clients)]), "newcomers_tuned")
 
     def _piece(self, clients: Sequence[int]) -> list[Counts]:
         """Tunes the message on these clients and returns their labels; the tuned models live no longer than this call."""
@@ -173,19 +198,25 @@ class Judge:
             raise TrainingError(f"In evaluation.finetune, which has its own lr: {error}") from error
         return replace(self, states=sink.states).each(setting.algorithm, True, clients)
 
-    def _spread(self, name: str, labels: Sequence[Counts], apart: str = "") -> dict[str, Any]:
-        """Returns how the clients fare by these labels of their local test sets, and, as `apart`, how the newcomers do."""
+    def own_scores(self, labels: Sequence[Counts]) -> list[Scores]:
+        """Returns every client's scores by these labels of its local test set."""
+        data = self.engine.setting.data
+        true, groups = data.test["y"].numpy(force=True), local_groups(self.options.groups, data)
+        return [
+            client_scores(confusion(true[rows], found, data.num_classes), group)
+            for rows, found, group in zip(data.local_tests, labels, groups, strict=True)
+        ]
+
+    def _spread(self, name: str, scores: Sequence[Scores], apart: str = "") -> dict[str, Any]:
+        """Returns how the clients fare on their local test sets, and, as `apart`, how the newcomers do."""
         data, rule = self.engine.setting.data, self.options.groups
-        true, groups = data.test["y"].numpy(force=True), local_groups(rule, data)
-        pairs = zip(data.local_tests, labels, strict=True)
-        counts = np.stack([confusion(true[rows], p, data.num_classes) for rows, p in pairs])
-        new = np.isin(np.arange(data.clients), self.newcomers)
         found: dict[str, Any] = {}
-        for key, who, whose in ((name, ~new, "client"), (apart, new, "newcomer")):
-            if key and who.any():
-                own = groups if isinstance(groups, ShotGroups) else [groups[k] for k in np.flatnonzero(who)]
-                found[key] = {"test_set": f"each {whose}'s matched part of the test set{MASKS[self.options.label_mask]}",
-                              "groups": rule.describe(), **client_spread(counts[who], own)}  # fmt: skip
+        new = set(self.newcomers.tolist())
+        for key, late, whose in ((name, False, "client"), (apart, True, "newcomer")):
+            who = [k for k in range(data.clients) if (k in new) == late]
+            if key and who:
+                found[key] = {"test_set": f"each {whose}'s {data.local_tests_are}{MASKS[self.options.label_mask]}",
+                              "groups": rule.describe(), **spread([scores[k] for k in who])}  # fmt: skip
         return found
 
     def _rows(self, what: str, rows: Counts) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from fedtail.config import Experiment
 from fedtail.data.federated import FederatedData
 from fedtail.data.plan import make_plan
 from fedtail.drift import Drift
-from fedtail.engines import distributed, local_models, make_engine
+from fedtail.engines import EngineOptions, distributed, local_models, make_engine
 from fedtail.engines.base import Engine, Setting, Sink, blame, one_thread
 from fedtail.engines.choice import resolve
 from fedtail.engines.loop import iterate
@@ -50,7 +50,9 @@ class RoundResult(NamedTuple):
 class Federation:
     """An experiment under way: the fixed setting and the state between two rounds."""
 
-    def __init__(self, experiment: Experiment, data: FederatedData | None = None, initial: Variables | None = None):
+    def __init__(self, experiment: Experiment, data: FederatedData | None = None, initial: Variables | None = None,
+                 engine: Callable[[EngineOptions, Setting], Engine] = make_engine):  # fmt: skip
+        self._make = engine
         check_device(experiment.device)
         distributed.join(experiment.device)
         if experiment.algorithm.needs_start(experiment.rounds) and not experiment.start:
@@ -97,7 +99,7 @@ class Federation:
         )  # fmt: skip
 
     def _running(self, setting: Setting) -> Engine:
-        engine = make_engine(self.experiment.engine, setting)
+        engine = self._make(self.experiment.engine, setting)
         return distributed.DistributedEngine(engine) if distributed.ranks() > 1 else engine
 
     def close(self) -> None:
@@ -146,12 +148,11 @@ class Federation:
         self.engine.open()
         record: dict[str, Any] = {"round": self.round}
         trained, self.traffic = 0, {"down": 0, "up": 0}
-        phases = self.algorithm.phases(self.round, self.experiment.rounds)
-        for phase in phases:
+        for phase in self.algorithm.phases(self.round, self.experiment.rounds):
             sink = self._phase(phase, trained)
             trained += phase.local
-            name = "train" if phase.name == "train" else phase.name
-            record[name] = {"clients": len(sink.answers), "examples": sink.examples, **trees.plain(sink.metrics())}
+            record[phase.name] = {"clients": len(sink.answers), "examples": sink.examples,
+                                  **trees.plain(sink.metrics()), **sink.facts()}  # fmt: skip
             if sink.judged != ():
                 record["local_models"] = local_models.scores(sink.judged, self.data.test["y"].numpy(force=True))
         self.transferred = {f"cumulative_{k}": self.transferred[f"cumulative_{k}"] + v for k, v in self.traffic.items()}
@@ -229,10 +230,8 @@ class Federation:
         ctx, options = self.context(cohort=self.cohort_size), self.experiment.evaluation
         with torch.no_grad(), blame("also_judged"):
             beside = self.algorithm.also_judged(ctx, self.server)
-        judge = Judge(
-            self.engine, ctx.round, self.constants, self.message(ctx), self.states, options, self.newcomers, beside
-        )
-        found = judge.scores(split)
+        found = Judge(self.engine, ctx.round, self.constants, self.message(ctx), self.states, options, self.newcomers,
+                      beside).scores(split)  # fmt: skip
         if options.finetune.epochs and self.round + 1 >= self.experiment.rounds and split in ("all", "test"):
             found.update(self._tuned())
         return found
@@ -328,8 +327,8 @@ def resume(folder: str | Path) -> Iterator[RoundResult]:
     return rounds_of(reopen(folder), Path(folder))
 
 
-def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
-    """Returns a run's federation in the state of a checkpoint ("checkpoint" or "best")."""
+def reopen(folder: str | Path, checkpoint: str = "checkpoint", **given: Any) -> Federation:
+    """Returns a run's federation (with what else it is given) in the state of a checkpoint ("checkpoint" or "best")."""
     path = Path(folder)
     if not (path / "config.toml").is_file():
         raise CheckpointError(f"{path} is not a run folder: it has no config.toml. `fedtail run` makes one.")
@@ -339,7 +338,7 @@ def reopen(folder: str | Path, checkpoint: str = "checkpoint") -> Federation:
     snapshot = load_checkpoint(path / f"{checkpoint}.safetensors", *belongs, experiment.engine.states_bytes())
     kept = path / "initial.safetensors"  # an older run with `start` has none and needs the run that it starts from
     initial: Any = load_checkpoint(kept, *belongs).server if kept.is_file() else None
-    federation = Federation(experiment, initial=initial)
+    federation = Federation(experiment, initial=initial, **given)
     federation.restore(snapshot)
     federation.fingerprint = belongs[0]
     return federation
@@ -365,6 +364,7 @@ def rounds_of(federation: Federation, path: Path | None) -> Iterator[RoundResult
     with contextlib.closing(federation), runs.locked(path) if path else contextlib.nullcontext():
         size = 0
         if path is not None:
+            runs.check_clients(path, federation.data)
             file, limit = path / "checkpoint.safetensors", experiment.engine.states_bytes()
             latest = read_meta(file)
             if latest["round"] != federation.round:  # another process went on before we had the lock

@@ -56,7 +56,7 @@ def federate(options: Data, seed: int, device: str = "cpu", probe: int = 0) -> F
     owners = options.partition.split(labels[chosen], classes, generator(seed, Stream.PARTITION), users)
     counts = Members.of(owners).class_counts(labels[chosen], classes)
     local = _local_tests(options, seed, labels[chosen], counts, dataset.test.y)
-    owners, own_validation = _hold_out(owners, options.client_validation, seed)
+    owners, own_validation = hold_out(owners, options.client_validation, seed)
     rows = np.concatenate([chosen, *held])  # only these are kept in memory
     x, y = _with_others(dataset.train.x[rows], labels[rows], options, seed, classes)
     ends = np.cumsum([len(chosen), *map(len, held)])
@@ -90,7 +90,7 @@ def _with_others(x: Any, y: Array, options: Data, seed: int, classes: int) -> tu
     return np.concatenate([x, other.x[rows]]), np.concatenate([y, np.full(wanted, -1, y.dtype)])
 
 
-def _hold_out(owners: Sequence[Array], share: float, seed: int) -> tuple[Sequence[Array], list[Array]]:
+def hold_out(owners: Sequence[Array], share: float, seed: int) -> tuple[Sequence[Array], list[Array]]:
     """Splits each client's rows at random; returns what it trains on and what it validates on (nothing at all: [])."""
     if not share:
         return owners, []

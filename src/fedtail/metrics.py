@@ -8,7 +8,7 @@ docs/metrics.md.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -268,20 +268,37 @@ def client_spread(
     each = [groups] * len(confusions) if isinstance(groups, ShotGroups) else groups
     if len(each) != len(confusions):
         raise ValueError(f"client_spread: {len(confusions)} clients, but groups for {len(each)}.")
-    present = np.flatnonzero(confusions.sum(axis=(1, 2))).tolist()
-    accuracy = np.sort(_known([_accuracy(confusions[k]) for k in present]))
+    return spread([client_scores(*pair) for pair in zip(confusions, each, strict=True)], examples)
+
+
+def client_scores(confusion: Ints, groups: ShotGroups) -> dict[str, float | None]:
+    """Returns one client's accuracy, macro F1 and accuracy in each group on its local test set, None where it has no example.
+
+    All that `spread` needs of a client: a node of a deployment sends these numbers, and no counts.
+    """
+    return {
+        "accuracy": _accuracy(confusion),
+        "macro_f1": _macro_f1(confusion),
+        **{name: _accuracy(confusion, classes) for name, classes in groups._asdict().items()},
+    }
+
+
+def spread(scores: Sequence[Mapping[str, float | None]], examples: Ints | None = None) -> dict[str, Any]:
+    """Returns `client_spread` from the clients' scores (`client_scores`)."""
+    present = [k for k, each in enumerate(scores) if each["accuracy"] is not None]
+    columns = {
+        name: _known([scores[k][name] for k in present]) for name in ("accuracy", "macro_f1", *ShotGroups._fields)
+    }
+    accuracy, f1 = np.sort(columns["accuracy"]), columns["macro_f1"]
     weights = np.ones(len(present)) if examples is None else examples[present]
-    f1 = _known([_macro_f1(confusions[k]) for k in present])
-    result: dict[str, Any] = {
+    return {
         "clients": len(present),
         "mean": _mean(accuracy),
         "std": float(accuracy.std()) if len(present) else None,
         "worst_decile": _mean(accuracy[: max(1, len(present) // 10)]),
         "macro_f1": float(f1 @ weights / weights.sum()) if weights.any() else None,
+        **{name: _mean(columns[name]) for name in ShotGroups._fields},
     }
-    for name in ShotGroups._fields:
-        result[name] = _mean(_known([_accuracy(confusions[k], getattr(each[k], name)) for k in present]))
-    return result
 
 
 def _groups(*parts: Ints) -> ShotGroups:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtail import config
 from fedtail.drawing import (
     COLOURS,
     FEW,
@@ -33,7 +32,7 @@ from fedtail.drawing import (
 )
 from fedtail.errors import ConfigError
 from fedtail.methods import SECTIONS, Method, group
-from fedtail.metrics import GroupRule, ShotGroups
+from fedtail.metrics import ShotGroups
 from fedtail.runs import RunRecord
 
 if TYPE_CHECKING:
@@ -104,12 +103,6 @@ def _class_sums(axes: "Axes", values: Ints, title: str) -> None:
         axes.set_xticks([0, int(values.max(initial=1))])
 
 
-def _groups(run: RunRecord) -> ShotGroups:
-    """Returns a run's shot groups, by the rule of its configuration."""
-    rule: GroupRule = config.from_dict(GroupRule, run.config["evaluation"]["groups"], "evaluation.groups")
-    return rule.split((run.test_counts if rule.counts_of == "local_test" else run.counts).sum(0))
-
-
 @styled
 def classes(runs: Sequence[RunRecord]) -> "Figure":
     """Draws the long-tail picture: the recall of each class against its training count, one line a method.
@@ -143,7 +136,7 @@ def classes(runs: Sequence[RunRecord]) -> "Figure":
     _frequency_axis(axes, np.concatenate(places))
     axes.set_ylabel("Recall, global test set (%)")
     order, x = _places(runs[:1])
-    _shade(axes, x, [_group_of(_groups(runs[0]), c) for c in order.tolist()])
+    _shade(axes, x, [_group_of(runs[0].groups, c) for c in order.tolist()])
     lines = "" if len(order) <= FEW else f" (line: {WINDOW} neighbours' mean)"
     axes.set_title(f"Recall by class frequency{lines}")
     legend(figure, [axes], over_seeds(methods))

@@ -3,11 +3,12 @@
 config.toml               the resolved experiment
 environment.json          versions, machine, command
 partition.npz             who holds what: offsets [clients + 1], examples, counts [clients, classes], test_counts,
-                          newcomers (clients that never take part)
+                          newcomers (clients that never take part); held_offsets and held: with data.client_validation
 metrics.jsonl             one record a round; the same seed gives the same bytes
 timings.jsonl             seconds a round; not reproducible, therefore apart
 checkpoint.safetensors    the latest state; best.safetensors: by validation score
 initial.safetensors       the model that a run with `start` began with, so that it needs that other run no more
+nodes.json                which nodes are there, where the clients are real ones (`fedtail deploy`)
 .lock                     held by the process that runs it
 """
 
@@ -35,6 +36,7 @@ from fedtail.data.federated import FederatedData
 from fedtail.data.members import Members
 from fedtail.errors import CheckpointError
 from fedtail.files import append, write_atomic, write_error
+from fedtail.metrics import GroupRule, ShotGroups
 from fedtail.trees import Tree
 
 COMPRESSED = 32 << 20  # bytes of partition arrays up to which compressing them takes less than seconds
@@ -69,7 +71,9 @@ def partition_arrays(data: FederatedData, newcomers: np.ndarray[Any, Any]) -> di
         name: each.astype(np.min_scalar_type(int(each.max(initial=0))))
         for name, each in (("counts", data.counts()), ("test_counts", data.test_counts()))
     }
-    return {"offsets": owners.offsets, "examples": owners.members, **counts, "newcomers": newcomers}
+    held = Members.of(data.held)
+    kept_out = {"held_offsets": held.offsets, "held": held.members} if len(held.members) else {}
+    return {"offsets": owners.offsets, "examples": owners.members, **counts, "newcomers": newcomers, **kept_out}
 
 
 def create(folder: Path, experiment: config.Experiment, partition: dict[str, np.ndarray[Any, Any]],
@@ -139,6 +143,27 @@ def locked(folder: Path) -> Generator[None]:
         yield
 
 
+def same_clients(folder: Path, data: FederatedData) -> bool:
+    """Says whether the run began on clients of these sizes, and not on the sites of a deployment or on other files.
+
+    Args:
+        folder: the run; where it cannot be read, whoever reads it is told.
+        data: what the clients have now.
+    """
+    try:
+        with open(folder / "partition.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return np.array_equal(arrays["offsets"], Members.of(data.owners).offsets)
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
+        return True
+
+
+def check_clients(folder: Path, data: FederatedData) -> None:
+    """Raises CheckpointError where `same_clients` says no."""
+    if not same_clients(folder, data):
+        raise CheckpointError(f"{folder} began on clients of other sizes than the data here give. Continue a deployment "
+                              "on sites with `flwr run`, and any other run on its own data.")  # fmt: skip
+
+
 def truncate_metrics(folder: Path, size: int) -> None:
     """Cuts metrics.jsonl back to the bytes that the checkpoint knows of, and timings.jsonl to whole lines.
 
@@ -191,6 +216,12 @@ class RunRecord:
                 f"{self.folder} has no evaluated round yet. Continue it with `fedtail resume {self.folder}`."
             )
         return evaluated[-1]
+
+    @property
+    def groups(self) -> ShotGroups:
+        """Head, medium and tail, by the rule of the run's configuration."""
+        rule: GroupRule = config.from_dict(GroupRule, self.config["evaluation"]["groups"], "evaluation.groups")
+        return rule.split((self.test_counts if rule.counts_of == "local_test" else self.counts).sum(0))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

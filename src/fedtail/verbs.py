@@ -1,4 +1,4 @@
-"""Verbs of the command line: the demo, and what generative runs have of their own. As in `fedtail.cli`, nothing heavy."""
+"""Verbs of the command line: the demo, teachers, generative runs, deployments. As in `fedtail.cli`, nothing heavy."""
 
 import json as writer
 from pathlib import Path
@@ -83,3 +83,54 @@ def quality(
     for name in ("memory", "use"):
         if name in found:
             print(f"{name:10}" + "  ".join(f"{key} {value:.4g}" for key, value in found[name].items()))
+
+
+def teacher(run: Positional[Path], calls: int = 50, json: bool = False) -> None:
+    """A run's teacher beside its student: parameters, operations, latency, memory, accuracy on the test set.
+
+    Args:
+        run: a run folder, or an experiment's file, whose student is untrained.
+        calls: timed calls of each.
+        json: print JSON.
+    """
+    from fedtail import student
+
+    found = student.compare(run, calls)
+    print(writer.dumps(found, indent=1) if json else student.to_text(found))
+
+
+def deploy(arguments: list[str]) -> None:
+    """Write a Flower app that runs an experiment on real nodes."""
+    from fedtail.cli import parse_experiment
+    from fedtail.flower import deploy as module
+
+    folder = "" if len(arguments) < 2 or arguments[1].startswith("-") else arguments[1]
+    command = parse_experiment("deploy", module.Deploy, [arguments[0], *arguments[2:]] if folder else arguments)
+    print(module.write(command, folder))
+
+
+def node_check(app: Positional[Path], client: int, data: str = "") -> None:
+    """Say whether a site's data fit an app, before the site joins; nothing leaves the machine.
+
+    Args:
+        app: the folder that `fedtail deploy` wrote.
+        client: the client's number.
+        data: the site's own data: an .npz file with x and y, or a folder CLASS/NAME.png; empty in a rehearsal.
+    """
+    from fedtail.flower import node
+
+    print(node.check(app, client, data))
+
+
+def watch(run: Positional[Path], port: int = 8765) -> None:
+    """Show a run in the browser while it goes on, or afterwards; only this machine can open the page. Ctrl-C ends it.
+
+    Args:
+        run: the run folder, of a simulation or of a deployment.
+        port: of the page; 0: any that is free.
+    """
+    from fedtail import watch as module
+
+    with module.serve(run, port) as server:
+        print(f"http://{module.HOST}:{server.server_port}/", flush=True)
+        server.serve_forever()

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -64,6 +64,8 @@ class FederatedData:
     held: Sequence[Array] = ()
     probe: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     class_names: tuple[str, ...] = ()
+
+    local_tests_are: ClassVar[str] = "matched part of the test set"
 
     def __post_init__(self) -> None:
         if not len(self.held):

@@ -21,10 +21,14 @@ from fedtail.data.federated import FederatedData
 from fedtail.data.plan import Array, LocalWork, Plan, make_plan
 from fedtail.drift import Drift
 from fedtail.errors import FedtailError, TrainingError
+from fedtail.metrics import ShotGroups
 from fedtail.seeds import Stream, generator
 from fedtail.states import ClientStates
 from fedtail.task import Draw, Task
 from fedtail.trees import Tree
+
+Scores = Mapping[str, float | None]
+"""What `metrics.client_scores` says of a client."""
 
 
 class Result(NamedTuple):
@@ -74,6 +78,8 @@ class Sink:
         self.states = ClientStates(limit)  # the new ones, of clients that have any
         self._metrics: dict[str, Tensor] = {}
         self.examples = 0
+        self.dropped: dict[int, str] = {}  # clients whose result never came, and why
+        self.notes: dict[str, Any] = {}  # what else the record of the round says
         self.judged: Tree = ()
 
     @property
@@ -93,6 +99,15 @@ class Sink:
     def add(self, result: Result) -> None:
         """Takes one result; adds it, and those that waited for it, when its turn has come."""
         self._waiting[result.client] = result
+        self._advance()
+
+    def drop(self, client: int, why: str) -> None:
+        """Gives up a client's result: the mean is over the others, with their weights."""
+        self.dropped[client] = why
+        self._order.remove(client)
+        self._advance()
+
+    def _advance(self) -> None:
         while self._next < len(self._order) and self._order[self._next] in self._waiting:
             self._reduce(self._waiting.pop(self._order[self._next]))
             self._next += 1
@@ -123,6 +138,11 @@ class Sink:
             weight = self._first.weight
             self._sum = trees.tree_map(lambda u: _wide(u) * weight, self._first.update)
         return self._sum
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what the record says beside the metrics: who dropped out and why, and the engine's notes."""
+        dropped = {str(client): why for client, why in sorted(self.dropped.items())}
+        return {**({"dropped": dropped} if dropped else {}), **self.notes}
 
     def sums(self) -> Tree:
         """Returns everything that is a sum over clients, as a tree of tensors: what several sinks may add up."""
@@ -326,6 +346,16 @@ class Engine(ABC):
     @abstractmethod
     def map_batches(self, function: Any, items: Sequence[Any]) -> list[Any]:
         """Returns [function(worker, item) for item in items], on whatever the engine runs (evaluation)."""
+
+    def client_scores(
+        self, round: Round, message: Tree, states: Mapping[int, Tree], groups: Sequence[ShotGroups]
+    ) -> list[list[Mapping[str, Scores]]] | None:
+        """Returns what the clients of a deployment find on test sets of their own; None: those are here.
+
+        Of every client for each way to predict (`evaluate.readings`): its scores as "local", by the generic model, and
+        "personal"; [] where nobody has a test set. `groups`: each client's.
+        """
+        return None
 
     def close(self) -> None:
         """Gives threads back; may be called again."""

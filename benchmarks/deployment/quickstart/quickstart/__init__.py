@@ -1,0 +1,1 @@
+"""Flower's own FedAvg, beside which fedtail's deployment is measured; nothing of fedtail is imported."""
