@@ -2,8 +2,9 @@
 #
 #   make demo                      install, obtain Fashion-MNIST, train, write runs/demo/report.html
 #   make demo TORCH_INDEX=URL      the same, with torch from an index of CPU wheels
-#   make test                      lint, types, all tests, the wheel; CI runs exactly this
+#   make test                      lint, types, all tests, the wheel; CI runs this and `make flower`
 #   make flower                    deployments: an environment of its own with Flower, which needs older packages than we do
+#   make faults                    the same with killed nodes and servers; a quarter of an hour, not in CI
 #   make lint | docs | fast | slow parts of it; `make docs` leaves the pages in site/
 #   make format                    mend what the linter can mend
 #   make experiments               repeat the experiments of docs/results.md (hours; resumable)
@@ -16,10 +17,10 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test flower lint docs fast slow wheel format experiments clean
+.PHONY: help demo test flower faults lint docs fast slow wheel format experiments clean
 
 help:
-	@sed -n '3,12s/^# *//p' Makefile
+	@sed -n '3,13s/^# *//p' Makefile
 
 # A torch that $(PYTHON) already has is used as it is; otherwise the constrained version is installed.
 $(VENV)/bin/python:
@@ -60,11 +61,20 @@ fast: $(VENV)/.dev
 slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow -n 2 --durations=5
 
-# A real federation of processes on loopback; some minutes. A torch that $(PYTHON) already has is used as it is.
-flower:
+# A real federation of processes on loopback: the simulator's bits, and the recipe of docs/deployment.md as it stands; some
+# minutes. A torch that $(PYTHON) already has is used as it is.
+FLOWER := .venv-flower/bin
+$(FLOWER)/.done: pyproject.toml constraints-flower.txt
 	$(PYTHON) -m venv --system-site-packages .venv-flower
-	.venv-flower/bin/pip install --quiet --disable-pip-version-check -c constraints-flower.txt -e '.[flower,privacy]' pytest hypothesis
-	.venv-flower/bin/python -m pytest tests/test_flower.py tests/test_flower_engine.py tests/test_flower_faults.py --durations=5
+	$(FLOWER)/pip install --quiet --disable-pip-version-check -c constraints-flower.txt -e '.[flower,privacy]' pytest hypothesis
+	@touch $@
+
+flower: $(FLOWER)/.done
+	$(FLOWER)/python -m pytest tests/test_flower.py tests/test_flower_engine.py tests/test_flower_privacy.py --durations=5
+
+# The same under faults: killed nodes and servers, nodes that hang, lie or are strangers; a quarter of an hour, not in CI.
+faults: $(FLOWER)/.done
+	$(FLOWER)/python -m pytest tests/test_flower_faults.py --durations=10
 
 # The wheel is what users install: build it, and run it from a folder of its own.
 wheel: $(VENV)/.dev

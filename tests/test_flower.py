@@ -111,5 +111,5 @@ def test_the_recipe_of_the_page_works_as_it_stands(tmp_path):
     assert [r["train"]["clients"] for r in records] == [2, 2, 2], log
     assert [r["local"]["clients"] for r in records] == [2, 2, 2], "the sites judged on test sets of their own"
     assert records[-1]["test"]["accuracy"] > 0.3
-    assert "examples fit the experiment (fedavg" in (tmp_path / "site1.log").read_text()
+    assert "250 to test on fit the experiment (fedavg" in (tmp_path / "site1.log").read_text()
     assert "--insecure" not in "".join(blocks)
