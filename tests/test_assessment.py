@@ -143,7 +143,7 @@ def test_assessment_of_an_ensemble(place):
     assert found["experts"]["client"] == [0, 1, -1]
     assert found["memory"]["ratio"] == pytest.approx(found["memory"]["generated"] / found["memory"]["held_out"])
     assert found["use"]["gap"] == pytest.approx(found["judge"]["accuracy"] - found["use"]["accuracy"])
-    held = fedtail.experiment.federate(fedtail.config.load(place / "ensemble").data, 0).counts().sum(0)
+    held = federate(fedtail.config.load(place / "ensemble").data, 0).counts().sum(0)
     labels = extractors.classifier(load("digits")).labels(generation.load(place / "ensemble").draw(300).images)
     classes = quality.modes(labels, held)  # against the clients' pooled classes
     assert {key: found["readings"]["model"][key] for key in classes} == classes
