@@ -199,13 +199,13 @@ class Federation:
     def _server_data(self) -> dict[str, Any]:
         """Loops `server_step` over the server's data, for as much work as the algorithm says or a client does."""
         experiment, algorithm, setting = self.experiment, self.algorithm, self.engine.setting
+        if type(algorithm).server_step is Algorithm.server_step:  # it has none: the data need not be gathered
+            return {}
         work, draws, rows = experiment.local, setting.draws, self.data.server
         if (own := algorithm.server_work) is not None:
             rows = self.data.server_rows(own.images)
             work = whole_batches(own, len(rows))
             draws = setting.task.draws(work.batch_size)
-        if type(algorithm).server_step is Algorithm.server_step:  # it has none: the data need not be gathered
-            return {}
         plan = make_plan(experiment.seed, self.round, 0, self.data.clients, rows, work, draws)
         steps = len(plan.lengths) if own is None or own.steps else 0
         ctx, sums = self.context(Phase("server")), dict[str, torch.Tensor]()

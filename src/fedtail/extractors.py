@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtail.data.dataset import Dataset
 from fedtail.engines.base import one_thread
 from fedtail.errors import ConfigError
-from fedtail.files import cache_folder
+from fedtail.files import cache_folder, write_atomic
 from fedtail.optim import Adam, Params
 from fedtail.seeds import Stream, generator
 from fedtail.task import Variables, build_task
@@ -51,11 +51,6 @@ def in_pieces(function: Any, images: Tensor) -> Array:
     """Applies a function to pieces of the images and joins what it returns."""
     with torch.no_grad():
         return torch.cat([function(part).double() for part in images.float().split(PIECE)]).numpy()
-
-
-def frozen(network: Any) -> Any:
-    """Returns a network in evaluation mode, its weights with channels last."""
-    return network.eval().to(memory_format=torch.channels_last)
 
 
 class SmallNet(nn.Module):
@@ -91,7 +86,7 @@ class Classifier(FeatureNet):
     ridge = 1e-6  # a unit may never be active
 
     def __init__(self, network: SmallNet, digest: str) -> None:
-        self.network: SmallNet = frozen(network)
+        self.network = network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.digest = digest
         self.name = f"small classifier {digest[:12]}"
 
@@ -171,9 +166,7 @@ def classifier(dataset: Dataset) -> Classifier:
         return _classifier(dataset.input_shape, dataset.num_classes, load_file(path))
     found = fit(scaled(train.array), train.y, dataset.num_classes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".new")
-    save_file({k: v.contiguous() for k, v in found.network.state_dict().items()}, scratch)
-    scratch.replace(path)
+    write_atomic(path, save({k: v.contiguous() for k, v in found.network.state_dict().items()}))
     return found
 
 
