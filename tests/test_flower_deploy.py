@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from fedtail import cli, config
+from fedtail.algorithms.client_distillation import ClientDistillation
 from fedtail.config import Data, Evaluation, Experiment
 from fedtail.data.dataset import Split, assemble
 from fedtail.errors import ConfigError, DataError
@@ -113,6 +114,8 @@ def test_an_algorithm_of_ones_own_travels_with_the_app(tmp_path):
         (Experiment(evaluation=Evaluation(finetune=Finetune(epochs=1), groups=GROUPS)), {"sites": 2}, "finetune"),
         (Experiment(evaluation=Evaluation(local=False, groups=GROUPS), participation=config.Participation(newcomers=1)),
          {"sites": 2}, "newcomers"),
+        (dataclasses.replace(SITES, data=Data(server=10, server_from="digits")), {"sites": 2}, "only for a rehearsal"),
+        (dataclasses.replace(SITES, algorithm=ClientDistillation()), {"sites": 2}, "teachers .* only for a rehearsal"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_deployed_is_refused(experiment, options, reason):
