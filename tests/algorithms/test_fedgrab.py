@@ -512,7 +512,7 @@ def toy_federation(method, seed):
     )  # fmt: skip
     whole = Experiment(
         seed=seed, rounds=toy.ROUNDS, algorithm=method, model=MLP(hidden=()), local=LocalWork(epochs=5, batch_size=10),
-        engine=EngineOptions(name="parallel", workers=2), dtype="float64",
+        engine=EngineOptions(name="loop"), dtype="float64",
     )  # fmt: skip
     return Federation(whole, data), test_x, test_y
 
@@ -544,6 +544,7 @@ def mean_score(toys, name, group):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("toys")
 def test_toy_gains(toys):
     """6.2 item 3, means over five seeds: what the balancer gains on the tail and what the gate keeps of the head."""
     tail = {name: mean_score(toys, name, "tail") for name in TOY}
@@ -562,6 +563,7 @@ def test_toy_gains(toys):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("toys")
 def test_toy_prior(toys):
     """6.2 item 4: the prior orders the classes rightly, and is nearer to the truth than the plain normalised norms."""
     counts = toy.counts()
@@ -573,6 +575,7 @@ def test_toy_prior(toys):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("toys")
 def test_toy_norms_order_from_the_first_round(toys):
     """Decision 8: after round 1 plain sigmoid training orders the row norms the wrong way round, the balancer does not."""
     first = {name: np.mean([toy.spearman(norms[0], toy.counts()) for _, norms, _ in toys[name]]) for name in TOY}
