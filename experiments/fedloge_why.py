@@ -1,6 +1,6 @@
 """Why FedLoGe works: what its frozen sparse classifier does to the features, and which part of it does so.
 
-    python experiments/fedloge_why.py           # about an hour on two quiet cores; writes results/fedloge_why.json after each
+    python experiments/fedloge_why.py           # half an hour on two quiet cores; writes results/fedloge_why.json after each
                                                 # variant, and goes on there when it is started again
     python experiments/fedloge_why.py --draw    # draws docs/images/fedloge-why-*.png from it
 
