@@ -59,7 +59,7 @@ fast: $(VENV)/.dev
 	$(BIN)/pytest -m 'not slow' -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=95
 
 slow: $(VENV)/.dev
-	$(BIN)/pytest -m slow -n 2 --dist loadgroup --durations=5
+	$(BIN)/pytest -m slow -n 2 --dist loadfile --durations=5
 
 # A real federation of processes on loopback: the simulator's bits, and the recipe of docs/deployment.md as it stands; some
 # minutes. A torch that $(PYTHON) already has is used as it is.

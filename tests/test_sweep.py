@@ -434,7 +434,6 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("whole")
 def test_a_sweep_prints_its_progress_its_table_and_the_command(whole):
     root, out, err = whole
     assert [runs.rounds_done(root / "out" / f"{name}-seed{seed}") for seed in (0, 1) for name in NAMES] == [2, 2, 1] * 2

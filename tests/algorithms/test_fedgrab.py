@@ -544,7 +544,6 @@ def mean_score(toys, name, group):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("toys")
 def test_toy_gains(toys):
     """6.2 item 3, means over five seeds: what the balancer gains on the tail and what the gate keeps of the head."""
     tail = {name: mean_score(toys, name, "tail") for name in TOY}
@@ -563,7 +562,6 @@ def test_toy_gains(toys):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("toys")
 def test_toy_prior(toys):
     """6.2 item 4: the prior orders the classes rightly, and is nearer to the truth than the plain normalised norms."""
     counts = toy.counts()
@@ -575,7 +573,6 @@ def test_toy_prior(toys):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("toys")
 def test_toy_norms_order_from_the_first_round(toys):
     """Decision 8: after round 1 plain sigmoid training orders the row norms the wrong way round, the balancer does not."""
     first = {name: np.mean([toy.spearman(norms[0], toy.counts()) for _, norms, _ in toys[name]]) for name in TOY}
