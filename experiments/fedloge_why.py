@@ -230,14 +230,16 @@ def report(variants: Mapping[str, Any]) -> None:
         return "    -" if value is None else f"{100 * value:5.1f}"
 
     heading = (
-        "accuracy (tail), %: trained head  realigned      raw        spread: test  train   pruned, %: noise signal"
+        "accuracy (tail), %: trained head  realigned      raw        "
+        "spread: test   tail  train   |mean|   pruned, %: noise signal"
     )
     print(f"{'':22}{heading}")
     for name, found in variants.items():
         last = found["records"][-1]
         heads = [last["test"]["accuracy"].get(head) for head in (found["heads"][0], "realigned", "raw")]
         scores = ["      -      " if h is None else f"{percent(h['all'])} ({percent(h['tail'])})" for h in heads]
-        spread = [f"{last[split]['spread']['all']:6.3f}" for split in ("test", "train")]
+        spread = [f"{last[s]['spread'][g]:6.3f}" for s, g in (("test", "all"), ("test", "tail"), ("train", "all"))]
+        spread.append(f"{last['test']['centred_norm']['all']:7.1f}")
         left = [percent(last["test"].get(f"pruned_{what}", {}).get("all")) for what in ("noise", "signal")]
         print(f"{name:41}{'  '.join(scores)}   {'  '.join(spread)}   {'  '.join(left)}")
 

@@ -1,6 +1,6 @@
-"""Methods down, the settings of a sweep across, a Markdown table a column: for sweeps with a grid.
+r"""Methods down, the settings of a sweep across, a Markdown table a column: for sweeps with a grid.
 
-    python experiments/pivot.py experiments/results/fedga_mnist experiments/results/fedga_mnist_one_class
+    python experiments/pivot.py experiments/results/fedga_mnist experiments/results/fedga_mnist_one_class \
         --columns test.accuracy test.mean_abs_log_ea --difference test.accuracy
 
 A setting is what stands between row and seed in a run folder's name ("alpha=0.05"), or the sweep's folder where nothing does.
@@ -20,7 +20,6 @@ from pathlib import Path
 import fedtail
 from fedtail.methods import Column
 from fedtail.report import Comparison, Summary, compare
-from fedtail.runs import rounds_done
 
 RUN = re.compile(r"(?P<row>.+?)(?:-(?P<setting>[^-]+=.+))?-seed\d+")
 
@@ -30,7 +29,8 @@ def settings(sweeps: Sequence[Path]) -> dict[str, Comparison]:
     found: defaultdict[str, list[Path]] = defaultdict(list)
     for sweep in sweeps:
         for run in sorted(sweep.glob("*-seed*")):
-            if fedtail.read(run).config["rounds"] == rounds_done(run):
+            record = fedtail.read(run)
+            if len(record.records) == record.config["rounds"]:
                 found[_parts(run)[1] or sweep.name].append(run)
             else:
                 print(f"{run} is not finished: it is left out", file=sys.stderr)
