@@ -415,8 +415,8 @@ def test_the_estimate_goes_by_row():
     pool.clocks["fedavg-seed0"] = workers.Clock(2, 6.0, 2)
     pool.clocks["fedprox-seed0"] = workers.Clock(2, 10.0, 2)
     pool.clocks["fedprox-seed1"] = workers.Clock(1, 5.0, 1)
-    # Left for seed 1: fedavg 2 rounds of 3 s, fedprox 1 of 5, tuned 1 of the mean (21 s / 5 rounds); on two cores.
-    assert pool.remaining() == pytest.approx((6 + 5 + 21 / 5) / 2)
+    # Left for seed 1: fedavg 2 rounds of 3 s, fedprox 1 of 5, tuned a whole run (6, 10 and 10 s are known); on two cores.
+    assert pool.remaining() == pytest.approx((6 + 5 + 26 / 3) / 2)
 
 
 # ---- training: real processes

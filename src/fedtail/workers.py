@@ -7,6 +7,7 @@ was killed and left it behind. A sweep that is started again waits for it instea
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -241,20 +242,23 @@ class _Pool:
     def remaining(self) -> float | None:
         """Returns an estimate of the seconds to the end; None while no round was timed.
 
-        A row whose rounds were not timed yet counts with the mean of all.
+        Rounds go by their row. A row of which nothing was timed yet takes as long as the mean whole run of the others,
+        not as their mean round: rows of one sweep share a budget, and some cut it into many short rounds.
         """
-        spent: dict[str, tuple[float, int]] = {}
+        rows: dict[str, tuple[float, int]] = {}
+        whole: list[float] = []
         for run in self.plan.runs:
-            known = self.clocks[run.name]
-            for key in (run.row, ""):
-                seconds, logged = spent.get(key, (0.0, 0))
-                spent[key] = (seconds + known.seconds, logged + known.logged)
-        if not spent[""][1]:
+            known, (seconds, logged) = self.clocks[run.name], rows.get(run.row, (0.0, 0))
+            rows[run.row] = seconds + known.seconds, logged + known.logged
+            if known.logged:
+                whole.append(run.experiment.rounds * known.seconds / known.logged)
+        if not whole:
             return None
         left: list[float] = []
         for run in (*self.todo, *(worker.run for worker in self.working)):
-            seconds, logged = spent[run.row] if spent[run.row][1] else spent[""]
-            left.append((run.experiment.rounds - self.clocks[run.name].rounds) * seconds / logged)
+            (seconds, logged), rounds = rows[run.row], run.experiment.rounds
+            one = seconds / logged if logged else statistics.mean(whole) / rounds
+            left.append((rounds - self.clocks[run.name].rounds) * one)
         overhead = len(self.todo) * sum(self.overheads) / max(len(self.overheads), 1)
         return max((sum(left) + overhead) / self.jobs, *left) if left else 0.0
 
