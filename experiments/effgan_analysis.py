@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 
 from fedtail import assessment, config, generation, runs
 from fedtail.algorithms.effgan import EFFGAN
@@ -52,7 +51,7 @@ def main():
         picture(rows, options.folder / f"fid-bytes-{feature}.png")
         if feature == "classifier":
             experts(found, count)
-    grids(found, options.folder / "grids.png")
+    grids(found, options.folder)
 
 
 def judge(run, feature, count):
@@ -72,14 +71,23 @@ def judged(run, feature, count):
     setting = run.name.rpartition("-seed")[0]
     record = runs.read(run).records[-1]
     for name, scores in found["readings"].items():
-        if isinstance(whole.algorithm, EFFGAN) and whole.rounds == 1 and name in ("averaged", "recalibrated"):
-            continue  # the mean of clients that never met is nobody's method
-        method = NAMES[name] if isinstance(whole.algorithm, EFFGAN) else type(whole.algorithm).__name__
-        method = "alone" if method == "EFFGAN" and whole.rounds == 1 else method
+        if (method := method_of(whole, name)) is None:
+            continue
         yield {"setting": setting, "method": method, "seed": whole.seed, "feature": found["feature"], "floor": found["floor"],
                "megabytes": bytes_sent(run, whole, name) / 1e6, "drift": record["diagnostics"].get("drift"),
                "memory": found.get("memory", {}).get("ratio") if name == "model" else None,
                "use": found.get("use", {}).get("accuracy") if name == "model" else None, **scores}  # fmt: skip
+
+
+def method_of(whole, reading):
+    """Returns the method that a reading of a run is; None where it is nobody's."""
+    if not isinstance(whole.algorithm, EFFGAN):
+        return type(whole.algorithm).__name__
+    if whole.rounds > 1:
+        return NAMES[reading]
+    return {"model": "alone", "common": NAMES["common"]}.get(
+        reading
+    )  # no method takes the mean of clients that never met
 
 
 def bytes_sent(run, whole, reading):
@@ -162,24 +170,29 @@ def picture(rows, path):
     print(f"\n{path}")
 
 
-def grids(found, path):
-    """Forty images of every reading of the runs of the first seed, a row of the picture each."""
-    strips = []
+def grids(found, folder):
+    """Forty images of each method's generators, from the runs of the first seed: grids-k5.png for the settings k5-..."""
+    first, panels = min(config.load(run).seed for run in found), {}
     for run in found:
-        whole = config.load(run)
-        if whole.seed != min(config.load(other).seed for other in found):
+        whole, setting = config.load(run), run.name.rpartition("-seed")[0]
+        if whole.seed != first:
             continue
-        for name, way in assessment.readings(generation.load(run)).items():
-            pixels = generation.to_bytes(way.draw(40, shuffle=False).images)
-            strips.append(generation.grid(pixels, 20))
-            print(f"strip {len(strips)}: {run.name} {NAMES[name] if isinstance(whole.algorithm, EFFGAN) else name}")
-    for channels in {s.shape[2] for s in strips}:
-        some = [s for s in strips if s.shape[2] == channels]
-        width = max(s.shape[1] for s in some)
-        sheet = np.concatenate(
-            [np.pad(s, ((0, 6), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in some]
-        )
-        Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path.with_stem(f"{path.stem}-{channels}"))
+        for reading, way in assessment.readings(generation.load(run)).items():
+            if (method := method_of(whole, reading)) in (None, NAMES["recalibrated"], NAMES["common"]):
+                continue
+            strip = generation.grid(generation.to_bytes(way.draw(40, shuffle=False).images), 20)
+            panels.setdefault(setting.partition("-")[0], []).append((method, -whole.rounds, setting, strip))
+    for panel, strips in panels.items():
+        figure = Figure(figsize=(8.4, 0.8 * len(strips)), layout="constrained")
+        order = sorted(strips, key=lambda strip: strip[:3])
+        for place, (method, _, setting, pixels) in zip(
+            figure.subplots(len(strips), squeeze=False)[:, 0], order, strict=True
+        ):
+            place.imshow(pixels, cmap="gray", interpolation="nearest")
+            place.set(xticks=[], yticks=[], frame_on=False)
+            place.set_ylabel(f"{method}\n{setting}", rotation=0, ha="right", va="center", fontsize=8)
+        figure.savefig(folder / f"grids-{panel}.png", dpi=130)
+        print(folder / f"grids-{panel}.png")
 
 
 if __name__ == "__main__":
