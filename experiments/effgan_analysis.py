@@ -4,7 +4,8 @@
 
 Features of the small classifier judge 10,000 images of every reading; those of the ImageNet encoder (extra teachers), which
 are a hundred times as slow, 2,000 of the ensemble and of FedGAN's mean. What is judged is kept in each run folder
-(quality-FEATURE-COUNT.json), so that the script can be stopped and run again.
+(quality-FEATURE-COUNT.json), so that the script can be stopped and run again; from the kept files it prints and draws anew
+all but the grids, which want the checkpoints.
 """
 
 import argparse
@@ -61,8 +62,15 @@ def judge(run, feature, count):
         torch.set_num_threads(1)
         full = feature == "classifier"
         found = assessment.assess(run, feature, count, full=full, only=() if full else ("averaged",))
-        write_atomic(kept, json.dumps(found))
+        write_atomic(kept, json.dumps({**found, "sizes": sizes(run)}))
     return kept
+
+
+def sizes(run):
+    """Parameters of a run's generator and discriminator, and values of an image."""
+    task = generation.load(run).task
+    found = {p: sum(v.numel() for k, v in task.initial.params.items() if k.startswith(p)) for p in ("gen", "dis")}
+    return {**found, "pixels": int(np.prod(task.input_shape))}
 
 
 def judged(run, feature, count):
@@ -74,7 +82,7 @@ def judged(run, feature, count):
         if (method := method_of(whole, name)) is None:
             continue
         yield {"setting": setting, "method": method, "seed": whole.seed, "feature": found["feature"], "floor": found["floor"],
-               "megabytes": bytes_sent(run, whole, name) / 1e6, "drift": record["diagnostics"].get("drift"),
+               "megabytes": bytes_sent(found["sizes"], len(runs.read(run).counts), whole, name) / 1e6, "drift": record["diagnostics"].get("drift"),
                "memory": found.get("memory", {}).get("ratio") if name == "model" else None,
                "use": found.get("use", {}).get("accuracy") if name == "model" else None, **scores}  # fmt: skip
 
@@ -85,20 +93,15 @@ def method_of(whole, reading):
         return type(whole.algorithm).__name__
     if whole.rounds > 1:
         return NAMES[reading]
-    return {"model": "alone", "common": NAMES["common"]}.get(
-        reading
-    )  # no method takes the mean of clients that never met
+    # no method takes the mean of clients that never met
+    return {"model": "alone", "common": NAMES["common"]}.get(reading)
 
 
-def bytes_sent(run, whole, reading):
+def bytes_sent(size, clients, whole, reading):
     """Bytes of parameters and images that travel in all, both directions, full participation."""
-    found = generation.load(run)
-    size = {p: sum(v.numel() for k, v in found.task.initial.params.items() if k.startswith(p)) for p in ("gen", "dis")}
-    clients = len(runs.read(run).counts)
     if isinstance(whole.algorithm, MDGAN):
-        pixels = int(np.prod(found.task.input_shape))
         swaps = whole.rounds // whole.algorithm.swap_every if whole.algorithm.swap_every else 0
-        return 4 * clients * (whole.rounds * 3 * whole.local.batch_size * pixels + swaps * size["dis"])
+        return 4 * clients * (whole.rounds * 3 * whole.local.batch_size * size["pixels"] + swaps * size["dis"])
     if clients == 1:
         return 0
     every = 2 * whole.rounds * clients * (size["gen"] + size["dis"])
@@ -171,7 +174,13 @@ def picture(rows, path):
 
 
 def grids(found, folder):
-    """Forty images of each method's generators, from the runs of the first seed: grids-k5.png for the settings k5-..."""
+    """Forty images of each method's generators, from the runs of the first seed: grids-k5.png for the settings k5-...
+
+    Generators are in the checkpoints, which a copy of the results may lack: then nothing is drawn.
+    """
+    found = [run for run in found if (run / "checkpoint.safetensors").is_file()]
+    if not found:
+        return
     first, panels = min(config.load(run).seed for run in found), {}
     for run in found:
         whole, setting = config.load(run), run.name.rpartition("-seed")[0]
