@@ -75,14 +75,14 @@ def sizes(run):
 
 def judged(run, feature, count):
     """The readings of a run as rows."""
-    found, whole = json.loads(judge(run, feature, count).read_text()), config.load(run)
-    setting = run.name.rpartition("-seed")[0]
-    record = runs.read(run).records[-1]
+    found, whole, records = json.loads(judge(run, feature, count).read_text()), config.load(run), runs.read(run)
+    setting, drift = run.name.rpartition("-seed")[0], records.records[-1]["diagnostics"].get("drift")
     for name, scores in found["readings"].items():
         if (method := method_of(whole, name)) is None:
             continue
+        sent = bytes_sent(found["sizes"], len(records.counts), whole, name)
         yield {"setting": setting, "method": method, "seed": whole.seed, "feature": found["feature"], "floor": found["floor"],
-               "megabytes": bytes_sent(found["sizes"], len(runs.read(run).counts), whole, name) / 1e6, "drift": record["diagnostics"].get("drift"),
+               "megabytes": sent / 1e6, "drift": drift,
                "memory": found.get("memory", {}).get("ratio") if name == "model" else None,
                "use": found.get("use", {}).get("accuracy") if name == "model" else None, **scores}  # fmt: skip
 
