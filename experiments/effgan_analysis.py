@@ -93,8 +93,7 @@ def method_of(whole, reading):
         return type(whole.algorithm).__name__
     if whole.rounds > 1:
         return NAMES[reading]
-    # no method takes the mean of clients that never met
-    return {"model": "alone", "common": NAMES["common"]}.get(reading)
+    return "alone" if reading == "model" else None  # no method takes the mean of clients that never met, or their start
 
 
 def bytes_sent(size, clients, whole, reading):
