@@ -419,6 +419,16 @@ def test_the_estimate_goes_by_row():
     assert pool.remaining() == pytest.approx((6 + 5 + 26 / 3) / 2)
 
 
+# ---- what stands at the end
+
+
+def test_a_sweep_of_generators_names_the_command_that_judges_them(capsys):
+    text = 'seeds = [0, 1]\noutput = "out"\n[base]\nrounds = 2\n[[row]]\nname = "gan"\nalgorithm = { name = "fedgan" }'
+    plan = sweep.load(write(text + '\nmodel = { name = "dcgan28", width = 4 }'))
+    workers._print_tables(plan, {"gan-seed0", "gan-seed1"})
+    assert capsys.readouterr() == ("fedtail quality out/gan-seed0\nfedtail quality out/gan-seed1\n", "")
+
+
 # ---- training: real processes
 
 

@@ -107,12 +107,16 @@ def _print_tables(plan: Sweep, done: set[str]) -> None:
     for title, members in sweep.tables(plan, done):
         if title:
             print(f"\n==== {title}\n")
-        try:
-            comparison = report.compare([run.folder for run in members], sweep.allowed(members))
-            print(tables.to_text(comparison))
-        except FedtailError as error:  # rows too different for a table, a damaged run; the others stand all the same
-            print(f"no table: {error}", file=sys.stderr)
-        print(f"\n{sweep.command(members)}")
+        if scored := [run for run in members if not run.experiment.algorithm.generative]:
+            try:
+                comparison = report.compare([run.folder for run in scored], sweep.allowed(scored))
+                print(tables.to_text(comparison))
+            except FedtailError as error:  # rows too different for a table, a damaged run; the others stand
+                print(f"no table: {error}", file=sys.stderr)
+            print(f"\n{sweep.command(scored)}")
+        for run in members:
+            if run.experiment.algorithm.generative:  # images, not scores
+                print(f"fedtail quality {run.folder}")
 
 
 def _print_failures(pool: "_Pool") -> None:
