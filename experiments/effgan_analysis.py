@@ -156,19 +156,23 @@ def picture(rows, path):
     panels = sorted(panel for panel, settings in sent.items() if len(settings) > 1)
     if not panels:
         return
-    figure = Figure(figsize=(3.4 * len(panels), 2.8), layout="constrained")
+    figure = Figure(figsize=(3.8 * len(panels), 3.2), layout="constrained")
     for place, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for method in ("FedGAN", "EFFGAN", "MDGAN", "alone"):
             points = {}
             for row in rows:
                 if row["method"] == method and row["setting"].rpartition("-")[0] == panel:
-                    points.setdefault(row["megabytes"], []).append(row["fid"])
+                    points.setdefault((row["megabytes"], row["setting"].rpartition("-")[2]), []).append(row["fid"])
             order = sorted(points)
-            place.errorbar(order, [np.mean(points[x]) for x in order], [np.std(points[x]) for x in order], marker="o",
+            place.errorbar([x for x, _ in order], [np.mean(points[key]) for key in order],
+                           [np.std(points[key], ddof=len(points[key]) > 1) for key in order], marker="o",
                            markersize=3.5, linewidth=1.2, label=method)  # fmt: skip
-        place.set(xscale="log", yscale="log", xlabel="megabytes sent", ylabel="Frechet distance", title=panel)
+            for x, word in order:
+                if word.startswith("e"):  # e20: local epochs
+                    place.annotate(f" E = {word[1:]}", (x, np.mean(points[x, word])), fontsize=7, va="bottom")
+        place.set(xscale="log", xlabel="megabytes sent", ylabel="Frechet distance", ylim=(0, None), title=panel)
         place.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=150)
     print(f"\n{path}")
 
 
