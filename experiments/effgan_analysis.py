@@ -177,7 +177,7 @@ def picture(rows, path):
 
 
 def grids(found, folder):
-    """Forty images of each method's generators, from the runs of the first seed: grids-k5.png for the settings k5-...
+    """Twenty images of each method's generators, from the runs of the first seed: grids-k5.png for the settings k5-...
 
     Generators are in the checkpoints, which a copy of the results may lack: then nothing is drawn.
     """
@@ -192,10 +192,10 @@ def grids(found, folder):
         for reading, way in assessment.readings(generation.load(run)).items():
             if (method := method_of(whole, reading)) in (None, NAMES["recalibrated"], NAMES["common"]):
                 continue
-            strip = generation.grid(generation.to_bytes(way.draw(40, shuffle=False).images), 20)
+            strip = generation.grid(generation.to_bytes(way.draw(20, shuffle=False).images), 20)
             panels.setdefault(setting.partition("-")[0], []).append((method, -whole.rounds, setting, strip))
     for panel, strips in panels.items():
-        figure = Figure(figsize=(8.4, 0.8 * len(strips)), layout="constrained")
+        figure = Figure(figsize=(8.4, 0.48 * len(strips)), layout="constrained")
         order = sorted(strips, key=lambda strip: strip[:3])
         for place, (method, _, setting, pixels) in zip(
             figure.subplots(len(strips), squeeze=False)[:, 0], order, strict=True
@@ -203,7 +203,7 @@ def grids(found, folder):
             place.imshow(pixels, cmap="gray", interpolation="nearest")
             place.set(xticks=[], yticks=[], frame_on=False)
             place.set_ylabel(f"{method}\n{setting}", rotation=0, ha="right", va="center", fontsize=8)
-        figure.savefig(folder / f"grids-{panel}.png", dpi=130)
+        figure.savefig(folder / f"grids-{panel}.png", dpi=100)
         print(folder / f"grids-{panel}.png")
 
 
